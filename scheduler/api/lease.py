@@ -15,7 +15,7 @@ from scheduler.concurrency.event_loops import warn_if_loop_runs
 from scheduler.config.quantities import parse_duration, wait_limit
 from scheduler.engines.answer import Answer
 from scheduler.engines.answer_requests import Messages
-from scheduler.engines.interface import Endpoint
+from scheduler.engines.interface import Endpoint, with_scales
 from scheduler.engines.python import Value
 from scheduler.errors.exceptions import InvalidSettings, LeaseReleased, RunnerCrashed, UnsupportedOption
 from scheduler.errors.formatting import printable
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI, OpenAI
 
     from scheduler.engines.runner_client import Call, Progress, RunnerClient
+    from scheduler.models.chat_defaults import ChatDefaults
     from scheduler.runtime.request_broker import RequestBroker
 
 _IS_OBJECT = "it is an object without a server: use the value of the lease"
@@ -109,8 +110,8 @@ class Lease(NonCopyable, Generic[Value]):
 
     @property
     def api_key(self) -> str:
-        """The key of this runner's server."""
-        return self._endpoint().key
+        """The key of this runner's server; where the model has adapters to choose from, it says which are chosen."""
+        return with_scales(self._endpoint().key, self._pending.scales)
 
     @property
     def value(self) -> Value:
@@ -217,7 +218,7 @@ class Lease(NonCopyable, Generic[Value]):
         `timeout` is the longest silence that is allowed, in which no token is computed, and `total_timeout` the longest
         time until the answer is complete; a longer one raises `AnswerTimeout`.
         """
-        call = self._client().chat_call(messages, self._pending.chat, **_limits(timeout, total_timeout), **parameters)
+        call = self._client().chat_call(messages, *self._asked, **_limits(timeout, total_timeout), **parameters)
         with self._using() as client:
             return client.answer(call)
 
@@ -230,9 +231,7 @@ class Lease(NonCopyable, Generic[Value]):
         **parameters: Any,
     ) -> Answer:
         """Return the continuation of a prompt; limits and parameters are those of `chat`."""
-        call = self._client().completion_call(
-            prompt, self._pending.chat, **_limits(timeout, total_timeout), **parameters
-        )
+        call = self._client().completion_call(prompt, *self._asked, **_limits(timeout, total_timeout), **parameters)
         with self._using() as client:
             return client.answer(call)
 
@@ -246,7 +245,7 @@ class Lease(NonCopyable, Generic[Value]):
     ) -> Stream:
         """Return the answer to a chat piece by piece; the stream holds the lease until it is exhausted or closed."""
         client = self._client()
-        call = client.chat_call(messages, self._pending.chat, **_limits(timeout, total_timeout), **parameters)
+        call = client.chat_call(messages, *self._asked, **_limits(timeout, total_timeout), **parameters)
         return Stream(self, client, call)
 
     @overload
@@ -325,7 +324,7 @@ class Lease(NonCopyable, Generic[Value]):
         **parameters: Any,
     ) -> Answer:
         """Like `chat`."""
-        call = self._client().chat_call(messages, self._pending.chat, **_limits(timeout, total_timeout), **parameters)
+        call = self._client().chat_call(messages, *self._asked, **_limits(timeout, total_timeout), **parameters)
         async with self._ausing() as client:
             return await client.aanswer(call)
 
@@ -338,9 +337,7 @@ class Lease(NonCopyable, Generic[Value]):
         **parameters: Any,
     ) -> Answer:
         """Like `complete`."""
-        call = self._client().completion_call(
-            prompt, self._pending.chat, **_limits(timeout, total_timeout), **parameters
-        )
+        call = self._client().completion_call(prompt, *self._asked, **_limits(timeout, total_timeout), **parameters)
         async with self._ausing() as client:
             return await client.aanswer(call)
 
@@ -354,7 +351,7 @@ class Lease(NonCopyable, Generic[Value]):
     ) -> AsyncStream:
         """Like `stream`, for `async for`."""
         client = self._client()
-        call = client.chat_call(messages, self._pending.chat, **_limits(timeout, total_timeout), **parameters)
+        call = client.chat_call(messages, *self._asked, **_limits(timeout, total_timeout), **parameters)
         return AsyncStream(self, client, call)
 
     @overload
@@ -434,6 +431,11 @@ class Lease(NonCopyable, Generic[Value]):
         with _extra("openai"):
             from scheduler.api.openai_clients import async_client_of
         return async_client_of(self)
+
+    @property
+    def _asked(self) -> tuple[ChatDefaults, tuple[float, ...]]:
+        """What is asked with each chat and completion: the model's defaults, and the scales of its adapters."""
+        return self._pending.chat, self._pending.scales
 
     def _check(self) -> None:
         if self._pending.lost:

@@ -107,7 +107,7 @@ def _core_of(settings: Settings) -> Core:
 
 def _read(row: Row, spec: ModelSpec, core: Core, engine: LlamaEngine) -> Row:
     spec = spec.resolved()
-    info = read_metadata(spec.path, adapters=spec.adapters, projectors=spec.projectors, embedding=spec.embedding)
+    info = read_metadata(spec.path, adapters=spec.all_adapters, projectors=spec.projectors, embedding=spec.embedding)
     fits, needed_bytes = _fit(spec, engine.profile(info, [spec.options]), core)
     return replace(
         row,

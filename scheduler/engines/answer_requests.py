@@ -18,7 +18,7 @@ Messages = str | Sequence[Mapping[str, Any]]
 _OF_ALL = """
     adaptive_decay adaptive_target backend_sampling cache_prompt dry_allowed_length dry_base dry_multiplier
     dry_penalty_last_n dry_sequence_breakers dynatemp_exponent dynatemp_range frequency_penalty grammar grammar_lazy
-    grammar_triggers id_slot ignore_eos json_schema logit_bias logprobs lora max_completion_tokens max_tokens min_keep
+    grammar_triggers id_slot ignore_eos json_schema logit_bias logprobs max_completion_tokens max_tokens min_keep
     min_p mirostat mirostat_eta mirostat_tau n_cache_reuse n_cmpl n_discard n_indent n_keep n_predict n_probs n
     post_sampling_probs presence_penalty preserved_tokens reasoning_budget_message reasoning_budget_tokens
     reasoning_control reasoning_format repeat_last_n repeat_penalty return_tokens samplers seed stop t_max_predict_ms
@@ -43,6 +43,7 @@ _OWN: Mapping[str, str] = {
     "stream_options": "an answer that comes piece by piece always ends with its usage",
     "functions": "name them as tools",
     "function_call": "name it as tool_choice",
+    "lora": "name the model's adapter as it is acquired",
 }
 _ADDRESS = re.compile(r"http|\s*[A-Za-z][A-Za-z0-9+.-]*:/")  # llama.cpp takes all that begins with "http" for one
 
@@ -61,6 +62,7 @@ class Request:
 
     path: str
     body: Mapping[str, Any]
+    scales: tuple[float, ...] = ()  # of the model's adapters, where there is one to choose from
 
     def content(self) -> bytes:
         """Return the body as JSON; raises `UnsupportedOption` for a value that JSON does not have."""

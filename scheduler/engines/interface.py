@@ -62,6 +62,11 @@ class Endpoint:
     client: RunnerClient | None = field(default=None, repr=False, compare=False)  # None: made when it is first needed
 
 
+def with_scales(key: str, scales: Sequence[float]) -> str:
+    """Return a runner's key as a request has it that says by how much each adapter is applied."""
+    return f"{key}.{','.join(map(repr, scales))}" if scales else key
+
+
 class RunnerListener(Protocol):
     """Receives an engine's reports about one runner; any thread may call it, and no call blocks.
 

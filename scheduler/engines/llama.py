@@ -114,10 +114,12 @@ class LlamaProcess(ChildRunner):
         log: RunnerLog | None = None,
         holds_back: bool = False,
         prompts: RunnerPrompts | None = None,
+        engine_key: str | None = None,
         slots: int = 1,
     ) -> None:
         super().__init__(report, log=log)
         self._key = key
+        self._engine_key = engine_key  # of the engine itself, where clients have a gate; None: they have none
         self._prompts = prompts  # None: they are not kept
         self._slots = slots
         self._gpus = gpus  # the GPUs that the child sees, in its order
@@ -224,7 +226,7 @@ class LlamaProcess(ChildRunner):
         super().ended(exit)
 
     def _tellable(self, output: str) -> str:
-        for key in (self._key, *([self._prompts.key] if self._prompts is not None else [])):
+        for key in (self._key, *([self._engine_key] if self._engine_key is not None else [])):
             output = output.replace(key, "(key)")
         return without_requests(output) if self._serves else output
 
@@ -233,6 +235,7 @@ class LlamaEngine(Engine):
     """Runs the models of `ModelSpec`s; its threads start with the first launch."""
 
     process_class = LlamaProcess
+    has_gate = True  # between clients and an engine that does more than clients may ask for
 
     def __init__(
         self,
@@ -286,8 +289,14 @@ class LlamaEngine(Engine):
         if self._spares.untried and not self._sees_gpus():  # else the environment of the load depends on its placement
             self._spares.expect(_program(CHILD, None, ()), find_library())
         info = read_metadata(
-            model.path, adapters=model.adapters, projectors=model.projectors, embedding=model.embedding
+            model.path, adapters=model.all_adapters, projectors=model.projectors, embedding=model.embedding
         )
+        if model.named_adapters:
+            if model.embedding or only_embeds(info):
+                raise InvalidModel(model.path, "llama.cpp does not switch the adapters of an embedder: leave them out")
+            if not self.has_gate:
+                raise InvalidModel(model.path, f"its adapters can be switched by {ENGINE} alone: name them as adapters")
+            info = replace(info, switched=True)
         asked, usable = tuple(asked), self._backends.usable()
         self._tell_of_cuts(model, info, asked)
         profile = replace(self.profile(info, asked), gpu_libraries=usable)
@@ -347,6 +356,7 @@ class LlamaEngine(Engine):
         request = self._request(model, options, resolved, placement, key)
         prompts = self._prompts_of(model, options)
         request["prompts"] = None if prompts is None else prompts.request()
+        request["engine_key"] = engine_key = self._engine_key(model, prompts)
         gpus = tuple(device for device, _ in placement.gpu_layers)
         process = self.process_class(
             report,
@@ -356,8 +366,9 @@ class LlamaEngine(Engine):
             results_bytes=resolved.results_bytes,
             misplaced=lambda found: self._note_misplaced(model.name, found),
             ranks=model.embedding and resolved.pooling == RANKS,
-            log=self._log.of_runner(model.name, prompts.key if prompts else key) if self._log is not None else None,
+            log=self._log.of_runner(model.name, engine_key or key) if self._log is not None else None,
             prompts=prompts,
+            engine_key=engine_key,
             slots=_there(options.num_parallel),
             holds_back=placement.holds_back,
         )
@@ -368,6 +379,12 @@ class LlamaEngine(Engine):
     def _start(self, model: ModelSpec, request: Request, gpus: Iterable[DeviceId], process: LlamaProcess) -> Child:
         return self._spares.start(_program(CHILD, request, gpus), request["library"], process)
 
+    def _engine_key(self, model: ModelSpec, prompts: RunnerPrompts | None) -> str | None:
+        """Return the key of an engine behind a gate; None where clients may ask the engine for whatever it does."""
+        if prompts is not None:
+            return prompts.key
+        return secrets.token_urlsafe(KEY_BYTES) if model.all_adapters and self.has_gate else None
+
     def _prompts_of(self, model: ModelSpec, options: Options) -> RunnerPrompts | None:
         """Return the prompts of a runner that is launched; None where none are kept of it.
 
@@ -376,7 +393,7 @@ class LlamaEngine(Engine):
         """
         if self._prompts is None or model.embedding:
             return None
-        if reason := "a projector" if model.projectors else "adapters" if model.adapters else "":
+        if reason := "a projector" if model.projectors else "adapters" if model.all_adapters else "":
             if model.name not in self._without_prompts and len(self._without_prompts) < MOST_MISPLACED:
                 self._without_prompts[model.name] = None
                 log.warning("%s: its prompts are not kept, as llama.cpp cannot save them with %s", model.name, reason)
@@ -420,13 +437,14 @@ class LlamaEngine(Engine):
         """Return the request that the child is sent."""
         cores = explicit.num_thread or usable_cores()
         threads = placement.threads or Threads(cores, cores)  # not allocated where the engine is used by itself
+        named = model.named_adapters.values()
         return {
             "parent": os.getpid(),
             "library": find_library(),
             "key": key,
             "name": model.name,
             "model": model.path,
-            "adapters": list(model.adapters),
+            "adapters": [*((file, 1.0) for file in model.adapters), *((file, 0.0) for file in named)],
             "projector": model.projectors[0] if model.projectors else None,
             "projector_on_gpu": _has_projector_on_gpu(placement),
             "embedding": settings.embedding,
@@ -446,6 +464,7 @@ class LlamaEngine(Engine):
             "holds_back": placement.holds_back,
             "gpu_layers": [layers for _, layers in placement.gpu_layers],
             "prompts": None,
+            "engine_key": None,
         }
 
 

@@ -19,8 +19,9 @@ is empty where the log cannot be read.
 
 `flash_attention` tells whether llama.cpp uses it for the model, where it could choose; null: not known.
 
-Where prompts are kept, `url` is the address of a gate (`llama_gate`), `engine_url` that of the engine, which takes the
-scheduler's own key, and `restored` a list of slots with the tokens that each got back; else null and empty.
+Where prompts are kept or there are adapters, `url` is the address of a gate (`llama_gate`), `engine_url` that of the
+engine, which has a key of its own, and `restored` a list of slots with the tokens that each got back; else null and
+empty.
 
 Everything that llama.cpp prints goes to standard error: details of the load, but of requests no more than warnings.
 While the model loads no Python code runs in the child (the library holds the interpreter's lock), so the signal that
@@ -75,7 +76,6 @@ class Prompts(TypedDict):
     """How the prompts of slots are kept from one runner to the next."""
 
     folder: str
-    key: str  # of the engine itself; clients have the other one
     restores: list[tuple[int, str, float]]  # slots, files in the folder, and how long each may take, in seconds
 
 
@@ -87,7 +87,7 @@ class Request(TypedDict):
     key: str  # the key of every request to the server
     name: str  # the model's name at the server
     model: str
-    adapters: list[str]
+    adapters: list[tuple[str, float]]  # files, and by how much each is applied where a request chooses none
     projector: str | None
     projector_on_gpu: bool
     embedding: bool
@@ -107,6 +107,7 @@ class Request(TypedDict):
     holds_back: bool  # other runners are in use: the load begins with a small share of the processors
     gpu_layers: list[int]  # for each visible GPU; empty: host only
     prompts: Prompts | None  # None: not kept
+    engine_key: str | None  # of the engine behind a gate, which clients do not have; None: there is no gate
 
 
 def settle() -> None:
@@ -192,18 +193,20 @@ def parameters(library: Any, request: Request, verbosity: int) -> Any:
             params.pooling_type = named(library.llama_pooling_type, "LLAMA_POOLING_TYPE_", request["pooling"])
     add_files(library, params, request)
     place(params, request["gpu_layers"])
-    lock_down(params, request["key"], request["prompts"])
+    lock_down(params, request)
     return params
 
 
 def add_files(library: Any, params: Any, request: Request) -> None:
     """Add the files beside the model's own file: adapters and projectors."""
     adapters = []
-    for path in request["adapters"]:
+    for path, scale in request["adapters"]:
         adapter = library.CommonAdapterLoraInfo()
-        adapter.path, adapter.scale = path, 1.0
+        adapter.path, adapter.scale = path, scale
         adapters.append(adapter)
     params.lora_adapters = adapters
+    if any(scale == 0.0 for _, scale in request["adapters"]):
+        params.cache_prompt = False  # unless a request says with which adapters, as the gate has it say
     if request["projector"] is not None:
         params.mmproj.path = request["projector"]
         params.mmproj_use_gpu = request["projector_on_gpu"]
@@ -217,14 +220,14 @@ def place(params: Any, gpu_layers: list[int]) -> None:
     params.tensor_split = shares + [0.0] * (len(params.tensor_split) - len(shares))
 
 
-def lock_down(params: Any, key: str, prompts: Prompts | None) -> None:
+def lock_down(params: Any, request: Request) -> None:
     """Serve this machine only, clients with the key only, and no page that shows other clients' requests.
 
-    Where prompts are kept, the engine serves the scheduler and the gate alone.
+    An engine behind a gate serves the scheduler and the gate alone.
     """
     params.hostnames = ["127.0.0.1"]
     params.port = 0  # the kernel picks a port, and the server reports it
-    params.api_keys = [key]
+    params.api_keys = [request["engine_key"] or request["key"]]
     params.cors_origins = "localhost"
     params.cors_credentials = False
     params.endpoint_slots = False
@@ -232,8 +235,7 @@ def lock_down(params: Any, key: str, prompts: Prompts | None) -> None:
     params.endpoint_metrics = True  # counts of tokens and requests
     params.ui = False
     params.n_threads_http = HTTP_THREADS
-    if prompts is not None:
-        params.api_keys = [prompts["key"]]
+    if (prompts := request["prompts"]) is not None:
         params.slot_save_path = os.path.join(prompts["folder"], "")
         params.endpoint_slots = True  # says how many tokens each slot holds
 
@@ -326,14 +328,15 @@ class ContextQuestion:
 
 
 def gate_of(request: Request) -> Any:
-    """Return the gate between clients and an engine that keeps prompts; None for an engine that keeps none."""
-    if (prompts := request["prompts"]) is None:
+    """Return the gate between clients and an engine that can do more than they may; None where there is none."""
+    if request["engine_key"] is None:
         return None
     os.umask(0o077)  # the engine writes prompts to files
     sys.path.append(os.path.dirname(os.path.abspath(__file__)))
     from llama_gate import Gate
 
-    return Gate(request["key"], prompts["key"], prompts["restores"])
+    restores = request["prompts"]["restores"] if request["prompts"] is not None else []
+    return Gate(request["key"], request["engine_key"], restores, [scale for _, scale in request["adapters"]])
 
 
 def share(nice: int) -> bool:

@@ -64,7 +64,7 @@ class RunnerPrompts:
     def request(self) -> Prompts:
         """Return what the child is told."""
         restores = [(one.slot, one.name, one.tokens / self._rate) for one in self._taken]
-        return {"folder": self._folder, "key": self.key, "restores": restores}
+        return {"folder": self._folder, "restores": restores}
 
     def loaded(self, url: str, restored: Mapping[int, int], buffers: Iterable[Buffer], cells: int) -> None:
         """Take in what a child that serves reports: `cells` are the tokens of all slots together."""

@@ -98,6 +98,7 @@ class LlamaServerEngine(LlamaEngine):
     """Runs the models of `ModelSpec`s with one `llama-server`."""
 
     process_class = ServerProcess
+    has_gate = False
 
     def __init__(
         self,

@@ -85,7 +85,7 @@ def _sizes(request: Request, known: Mapping[str, tuple[str, ...]]) -> Iterator[s
 def _files(request: Request, known: Mapping[str, object]) -> Iterator[str]:
     """Yield the files, and how the model's own is read."""
     yield from ("--model", request["model"], "--alias", request["name"].replace(",", "_"))  # else it has several names
-    for path in request["adapters"]:
+    for path, _ in request["adapters"]:
         if "," in path:
             raise ValueError(f"llama-server takes a name with a comma for several: rename {path}")
         yield from ("--lora", path)

@@ -183,8 +183,10 @@ def _told_checkpoints_bytes(info: ModelInfo, told: EngineSizes) -> int:
 
 
 def _prompt_cache_bytes(info: ModelInfo, rest: Footprint) -> int:
+    if info.embedding or info.switched:  # llama.cpp would take a prompt that was computed with other adapters
+        return 0
     rest_bytes = bytes_by_device(rest, ())[HOST].total_bytes
-    return 0 if info.embedding else min(PROMPT_CACHE_BYTES, rest_bytes // PROMPT_CACHE_PART // MIB * MIB)
+    return min(PROMPT_CACHE_BYTES, rest_bytes // PROMPT_CACHE_PART // MIB * MIB)
 
 
 def _without_prompt_cache(info: ModelInfo, options: Options) -> Footprint:

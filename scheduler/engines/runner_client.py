@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, overload
 
 import httpcore2  # noqa: F401 - httpx2 imports it with its first client, which the first answer would wait for
@@ -27,6 +27,7 @@ from scheduler.engines.answer_requests import (
     rerank_requests,
     token_request,
 )
+from scheduler.engines.interface import with_scales
 from scheduler.engines.loop_transport import LoopTransport
 from scheduler.engines.quiet_client import quiet, quiet_next
 from scheduler.errors.exceptions import OUT_OF_FILES, AnswerTimeout, EngineError, is_out_of_files
@@ -148,12 +149,13 @@ class RunnerClient:
         transport: httpx2.MockTransport | None = None,  # answers in the server's place
     ) -> None:
         self._url = url
+        self._key = key
         self._connect_timeout_s = connect_timeout_s
         self._closed = False  # set before anything is closed: what breaks after that is no fault of the runner's
         # A runner is on this machine: no proxy is asked, and no certificates are loaded, which takes 30 ms.
         arguments: dict[str, Any] = {
             "base_url": url,
-            "headers": {"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
+            "headers": {"Content-Type": "application/json"},
             "trust_env": False,
             "verify": url.startswith("https:"),
         }
@@ -172,6 +174,7 @@ class RunnerClient:
         self,
         messages: Messages,
         defaults: ChatDefaults = NO_DEFAULTS,
+        scales: tuple[float, ...] = (),
         /,
         *,
         timeout_s: float | None = None,
@@ -180,14 +183,17 @@ class RunnerClient:
     ) -> Call:
         """Return a call for the answer to `messages`: a list of role and content, or one text that the user says.
 
-        `defaults` are those of the model: what a caller says and names counts more.
+        `defaults` are those of the model: what a caller says and names counts more. `scales` say by how much each
+        adapter is applied, where there is one to choose from.
         """
-        return Call(chat_request(messages, parameters, defaults), Limits(timeout_s, total_timeout_s), chat=True)
+        request = replace(chat_request(messages, parameters, defaults), scales=scales)
+        return Call(request, Limits(timeout_s, total_timeout_s), chat=True)
 
     def completion_call(
         self,
         prompt: str,
         defaults: ChatDefaults = NO_DEFAULTS,
+        scales: tuple[float, ...] = (),
         /,
         *,
         timeout_s: float | None = None,
@@ -195,7 +201,8 @@ class RunnerClient:
         **parameters: Any,
     ) -> Call:
         """Return a call for the text that follows `prompt`; of `defaults` the parameters count."""
-        return Call(completion_request(prompt, parameters, defaults), Limits(timeout_s, total_timeout_s), chat=False)
+        request = replace(completion_request(prompt, parameters, defaults), scales=scales)
+        return Call(request, Limits(timeout_s, total_timeout_s), chat=False)
 
     def chat(self, messages: Messages, **parameters: Any) -> Answer:
         """Return the whole answer to `messages`."""
@@ -438,8 +445,9 @@ class RunnerClient:
         timeout = httpx2.Timeout(limits.left_s(), connect=self._connect_timeout_s, pool=None)
         # httpx2's own transport takes the first, and that of event loops the second
         extensions = {} if connection is None else {"trace": connection.trace, "opened": connection.opened}
+        headers = {"Authorization": f"Bearer {with_scales(self._key, request.scales)}"}
         return client.build_request(
-            "POST", request.path, content=request.content(), timeout=timeout, extensions=extensions
+            "POST", request.path, content=request.content(), headers=headers, timeout=timeout, extensions=extensions
         )
 
     def _closed_error(self) -> ConnectionError:

@@ -66,7 +66,7 @@ def _chat(body: Mapping[str, Any], defaults: ChatDefaults) -> Mapping[str, Any]:
 
 PROTOCOL = Anthropic()
 _MESSAGES = {"model", "messages", "system", "tools", "tool_choice", "thinking", "metadata"}
-_SAMPLING = {"max_tokens", "stop_sequences", "stream", *COMPLETION_PARAMETERS} - {"id_slot", "lora"}
+_SAMPLING = {"max_tokens", "stop_sequences", "stream", *COMPLETION_PARAMETERS} - {"id_slot"}
 ROUTES = (
     RunnerRoute(("/v1/messages",), {*_MESSAGES, *_SAMPLING}, "answer a chat", defaulted=_chat),
     RunnerRoute(("/v1/messages/count_tokens",), _MESSAGES, "count the tokens of a chat", defaulted=_chat),

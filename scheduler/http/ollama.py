@@ -148,7 +148,7 @@ async def _asked(service: Service, exchange: Exchange) -> dict[str, Any]:
 def _call(asked: Mapping[str, Any], exchange: Exchange, *, streams: bool = True) -> tuple[Call, Mapping[str, Any]]:
     """Return what a body asks of a model, and its parameters of sampling; raises what `scheduling_of` raises."""
     loading, sampling = options_of(asked)
-    timing = {name: asked.get(name) for name in ("priority", "timeout")}
+    timing = {name: asked.get(name) for name in ("priority", "timeout", "adapter")}
     timing["keep_alive"] = keep_alive_of(asked)
     asking, patience_s = scheduling_of({**timing, "options": loading}, exchange.headers)
     streamed = streams and asked.get("stream") is not False
@@ -345,7 +345,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     (("DELETE",), "/api/delete", _not_here("delete the model's file, or use `ollama rm`: nothing is deleted here")),
     (("HEAD", "POST"), "/api/blobs/{digest}", _not_here("put the model's file into a folder of models")),
 )
-_TALK = "model format think stream options keep_alive logprobs top_logprobs"
+_TALK = "model format think stream options keep_alive adapter logprobs top_logprobs"
 BODIES = {
     "/api/chat": Body(f"{_TALK} messages tools"),
     "/api/generate": Body(f"{_TALK} prompt suffix system images raw"),

@@ -100,8 +100,8 @@ _NOT_KEPT = dict.fromkeys(
 )
 _TRANSCRIPTION = {"model", "language", "prompt", "response_format", "temperature", "stream"}
 
-# What a route takes from a client: what reaches beyond the request, as `lora` and `id_slot` do, is not among it.
-_REACHING = {"id_slot", "lora"}
+# What a route takes from a client: what reaches beyond the request, as `id_slot` does, is not among it.
+_REACHING = {"id_slot"}
 ROUTES = (
     RunnerRoute(
         ("/v1/chat/completions", "/chat/completions"), {"messages", *CHAT_PARAMETERS, *_STREAMED} - _REACHING,

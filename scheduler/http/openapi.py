@@ -131,7 +131,7 @@ def _shape(value: object) -> Mapping[str, Any]:
 
 def _body_of(route: RunnerRoute) -> Body:
     required = ["model", *(name for name in _REQUIRED if name in route.fields)]
-    return Body(" ".join({"model", *route.fields, *TIMING, "ttl", "options"}), " ".join(required))
+    return Body(" ".join({"model", *route.fields, *TIMING, "ttl", "adapter", "options"}), " ".join(required))
 
 
 def _parameters(path: str) -> Mapping[str, Any]:

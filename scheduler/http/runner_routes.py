@@ -85,10 +85,10 @@ def model_of(asked: Mapping[str, Any]) -> str:
 def scheduling_of(asked: Mapping[str, Any], headers: Headers) -> tuple[AcquireOptions, float | None]:
     """Return the keywords of a request to the scheduler, and the client's patience in seconds.
 
-    They are fields of the body, as `keep_alive`, `ttl` (in seconds), `priority`, `timeout` and `options` are, or
-    headers that begin with `x-loadmaster-`, which count more.
+    They are fields of the body, as `keep_alive`, `ttl` (in seconds), `priority`, `timeout`, `adapter` and `options`
+    are, or headers that begin with `x-loadmaster-`, which count more.
     """
-    asking: dict[str, Any] = {name: asked[name] for name in TIMING if asked.get(name) is not None}
+    asking: dict[str, Any] = {name: asked[name] for name in (*TIMING, "adapter") if asked.get(name) is not None}
     if asked.get("ttl") is not None and "keep_alive" not in asking:
         asking["keep_alive"] = asked["ttl"]
     options = asked.get("options")

@@ -14,7 +14,10 @@ from scheduler.models.catalog import Catalog, check_name
 from scheduler.models.model_spec import ModelSpec
 
 _FILES = ("adapters", "projectors")
-_KEYS = ("path", "base", "aliases", "options", "keep_alive", "pin", "priority", "devices", "max_leases", "embedding")
+_KEYS = (
+    "path", "base", "aliases", "options", "keep_alive", "pin", "priority", "devices", "max_leases", "embedding",
+    "named_adapters", "adapter",
+)  # fmt: skip
 _OPTIONS = tuple(each.name for each in fields(Options) if each.name != "devices")
 
 
@@ -69,6 +72,9 @@ def configured_model(name: str, values: Mapping[str, Any], folder: Path) -> Conf
     for key in _FILES:
         if key in changes:
             changes[key] = tuple(_seen_from(folder, file) for file in _texts(key, changes[key]))
+    if isinstance(named := changes.get("named_adapters"), Mapping):
+        found = {adapter: _texts(f"named_adapters.{adapter}", file)[0] for adapter, file in named.items()}
+        changes["named_adapters"] = {adapter: _seen_from(folder, file) for adapter, file in found.items()}
     return ConfiguredModel(
         name, None if path is None else _seen_from(folder, path), base or name, aliases, options, changes
     )

@@ -41,7 +41,7 @@ def read_card(spec: ModelSpec) -> ModelCard:
     Headers are read, and the chat template, in milliseconds.
     """
     info = read_metadata(
-        spec.path, adapters=spec.adapters, projectors=spec.projectors, embedding=spec.embedding
+        spec.path, adapters=spec.all_adapters, projectors=spec.projectors, embedding=spec.embedding
     )  # checks them all
     parts = read_parts(spec.path)
     values, template = parts[0].values, read_text(spec.path, TEMPLATE)

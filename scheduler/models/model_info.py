@@ -40,6 +40,7 @@ class ModelInfo:
     embedding: bool  # used for embeddings
     vision: bool
     adapters_bytes: int = 0  # sizes of the files beside the model's own
+    switched: bool = False  # requests choose among its adapters
     projectors_bytes: int = 0
     image_bytes: int = 0  # of the largest image that a projector takes at once, as 32-bit floats; 0: unknown
     tied: bool = False  # the token embeddings are the output matrix too

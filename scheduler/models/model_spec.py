@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike, fspath, path, stat
 from typing import Literal
@@ -15,9 +16,11 @@ from scheduler.errors.exceptions import InvalidModel, InvalidSettings, Unsupport
 from scheduler.models.chat_defaults import NO_DEFAULTS, ChatDefaults
 
 Files = str | PathLike[str] | Iterable[str | PathLike[str]]  # one path or several
+ChosenAdapters = str | Mapping[str, float]  # the name of an adapter, or several with their scales
 FileStates = tuple[tuple[int, int, int, int], ...]  # of each file: device, number, bytes, time of its last change
 
 FIRST_PART = re.compile(r"-00001-of-(\d{5})\.gguf$", re.IGNORECASE)  # ending of a split file's first part
+ADAPTER_NAME = re.compile(r"\w[\w.-]*")
 MOST_PARTS = 1024  # of a split file; the largest models have about a hundred
 
 
@@ -25,16 +28,16 @@ MOST_PARTS = 1024  # of a split file; the largest models have about a hundred
 class ModelSpec:
     """A model under a name, with the defaults of its requests.
 
-    The real file that `path` leads to, the real files of adapters and projectors, `embedding` and `llama_server`
-    are its identity: requests that agree on these share one runner, whatever names and symbolic links they used. A
-    hard link is a file of its own. `options` are the load-time options of requests that name none; `keep_alive` is
-    a duration ("5m", seconds; negative: for ever). Raises `InvalidSettings` or `UnsupportedOption` for an argument
-    of a wrong type, and `InvalidModel` for a path that is not UTF-8.
+    The real file that `path` leads to, the real files of adapters and projectors, the names of adapters, `embedding`
+    and `llama_server` are its identity: requests that agree on these share one runner, whatever names and symbolic
+    links they used. A hard link is a file of its own. `options` are the load-time options of requests that name none;
+    `keep_alive` is a duration ("5m", seconds; negative: for ever). Raises `InvalidSettings` or `UnsupportedOption` for
+    an argument of a wrong type, and `InvalidModel` for a path that is not UTF-8.
     """
 
     name: str
     path: str
-    adapters: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()  # LoRA files that are applied to every request
     projectors: tuple[str, ...] = ()
     embedding: bool = False
     options: Options = field(default_factory=Options)
@@ -45,6 +48,10 @@ class ModelSpec:
     max_leases: int | Literal["slots"] | None = None  # leases of its runner at once; 0: no limit; None: the setting
     chat: ChatDefaults = NO_DEFAULTS  # what its chats begin with, and the parameters that callers do not name
     llama_server: str = ""  # your own `llama-server`, which serves it; empty: as the setting says
+    named_adapters: Mapping[str, str] = field(
+        default_factory=dict
+    )  # LoRA files by name, each applied where it is chosen
+    adapter: ChosenAdapters = field(default_factory=dict)  # chosen where a request names none
     manifest: str = field(default="", compare=False)  # of a model in Ollama's store: the file that names its parts
     id: ModelId = field(init=False)  # the same for specs of the same identity; links are followed when the spec is made
 
@@ -56,6 +63,8 @@ class ModelSpec:
         object.__setattr__(self, "path", _absolute(self.path))
         object.__setattr__(self, "adapters", _several("adapters", self.adapters))
         object.__setattr__(self, "projectors", _several("projectors", self.projectors))
+        object.__setattr__(self, "named_adapters", _named(self.named_adapters))
+        object.__setattr__(self, "adapter", chosen_adapters(self.adapter, self.named_adapters))
         if self.llama_server:
             object.__setattr__(self, "llama_server", str(program("llama_server", self.llama_server)))
         check_name(self.name)
@@ -69,6 +78,7 @@ class ModelSpec:
         if not isinstance(self.options, Options):
             raise InvalidSettings("options", self.options, "made of Options, as in options=Options(num_ctx=4096)")
         parts = [_real(self.path), *map(_real, self.adapters)]
+        parts += [f"adapter {name}:{_real(file)}" for name, file in self.named_adapters.items()]
         parts += [f"projector:{_real(name)}" for name in self.projectors]
         parts += ["embedding"] if self.embedding else []
         parts += [f"llama-server:{_real(self.llama_server)}"] if self.llama_server else []
@@ -82,7 +92,20 @@ class ModelSpec:
         if split := FIRST_PART.search(self.path):
             stem, count = self.path[: split.start()], int(split[1])
             own += [f"{stem}-{part:05}-of-{count:05}.gguf" for part in range(2, min(count, MOST_PARTS) + 1)]
-        return (*own, *self.adapters, *self.projectors)
+        return (*own, *self.all_adapters, *self.projectors)
+
+    @property
+    def all_adapters(self) -> tuple[str, ...]:
+        """The files of adapters, in the order in which the engine has them."""
+        return (*self.adapters, *self.named_adapters.values())
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """By how much each of all adapters is applied; empty where there is none to choose from."""
+        if not self.named_adapters:
+            return ()
+        chosen = chosen_adapters(self.adapter, self.named_adapters)
+        return (*(1.0 for _ in self.adapters), *(chosen.get(name, 0.0) for name in self.named_adapters))
 
     def file_states(self) -> FileStates | None:
         """Return what tells the files from others under the same paths; None where a file cannot be looked at."""
@@ -98,6 +121,7 @@ class ModelSpec:
             self,
             path=_loadable(self.path),
             adapters=tuple(map(_real, self.adapters)),
+            named_adapters={name: _real(file) for name, file in self.named_adapters.items()},
             projectors=tuple(map(_real, self.projectors)),
         )
 
@@ -137,6 +161,29 @@ def check_limit(name: str, value: object) -> None:
     """Raise `InvalidSettings` for a limit that is neither None, "slots", nor a whole number of at least 0."""
     if value not in (None, "slots") and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
         raise InvalidSettings(name, value, 'a whole number of at least 0, "slots", or None')
+
+
+def chosen_adapters(value: object, there: Mapping[str, str]) -> Mapping[str, float]:
+    """Return the scales of the adapters that are chosen, by name; raises `UnsupportedOption` where one is not there."""
+    chosen = {value: 1.0} if isinstance(value, str) else value
+    if not isinstance(chosen, Mapping):
+        raise UnsupportedOption("adapter", value, 'it must be a name, or scales by name, as in {"sql": 0.5}')
+    for name, scale in chosen.items():
+        if name not in there:
+            known = f"it has {', '.join(there)}" if there else "its ModelSpec has no named_adapters"
+            raise UnsupportedOption("adapter", name, f"the model has no adapter of this name; {known}")
+        if not isinstance(scale, int | float) or isinstance(scale, bool) or not math.isfinite(scale):
+            raise UnsupportedOption("adapter", scale, f"the scale of {name} must be a number")
+    return {name: float(scale) for name, scale in sorted(chosen.items())}
+
+
+def _named(value: object) -> Mapping[str, str]:
+    """Return adapters by name, in the order of their names, with absolute paths."""
+    there = value if isinstance(value, Mapping) else {"": ""}
+    for name, file in there.items():
+        if not isinstance(name, str) or not ADAPTER_NAME.fullmatch(name) or not isinstance(file, str | PathLike):
+            raise InvalidSettings("named_adapters", value, 'files by name, as in {"sql": "sql.gguf"}')
+    return {name: _absolute(there[name]) for name in sorted(there)}
 
 
 def _several(option: str, value: Files) -> tuple[str, ...]:

@@ -44,6 +44,7 @@ class PendingRequest:
         "model",
         "model_id",
         "runner",
+        "scales",
         "scheduler",
         "wanted",
     )
@@ -55,6 +56,7 @@ class PendingRequest:
         # held for as long as the request waits or its lease exists: a scheduler that nothing holds is closed
         self.scheduler = scheduler
         self.chat = NO_DEFAULTS  # what the chats of a lease begin with
+        self.scales: tuple[float, ...] = ()  # of the model's adapters, where there is one to choose from
         self.gate = allocate_lock()
         self.gate.acquire()
         self.answered = False

@@ -117,6 +117,7 @@ class RequestBroker:
         self.requests[pending.id] = pending
         if isinstance(parsed.model, ModelSpec):
             pending.chat = parsed.model.chat
+            pending.scales = parsed.model.scales
         if parsed.model is not None:  # after the pending request is in `requests`: see _drop
             self._registry.register(parsed.spec.model, parsed.model)
         if self.forked:

@@ -20,7 +20,7 @@ from scheduler.engines.python import PythonModel
 from scheduler.errors.exceptions import InvalidModel, InvalidSettings, ModelNotFound, UnsupportedOption
 from scheduler.errors.formatting import printable
 from scheduler.models.catalog import Catalog, is_like_a_path, is_path
-from scheduler.models.model_spec import Files, ModelSpec, device_ids
+from scheduler.models.model_spec import ChosenAdapters, Files, ModelSpec, chosen_adapters, device_ids
 from scheduler.runtime.object_lives import ObjectLives
 from scheduler.runtime.past_references import PastReferences, Reference, is_there
 
@@ -43,6 +43,7 @@ class RequestOptions(TypedDict, total=False):
     keep_alive: str | float | None  # how long the runner stays loaded without leases; 0: not at all; negative: for ever
     timeout: str | float | None  # how long the request may wait
     priority: int | None  # a request group of higher priority goes first
+    adapter: ChosenAdapters | None  # of the model's `named_adapters`, for what the lease asks its runner
     num_ctx: int | None  # context of one slot, tokens
     num_batch: int | None
     num_gpu: int | None  # layers on GPUs; negative: automatic; 0: host only
@@ -84,6 +85,7 @@ LASTING_S = 2.0  # after a tag or a link was moved, warm requests may be granted
 
 _TIMING = frozenset({"keep_alive", "timeout", "priority"})
 _IDENTITY = ("adapters", "projectors", "embedding")  # keywords that name another model, and do not reload the same one
+_NO_OPTIONS = frozenset({*_IDENTITY, *_TIMING, "adapter"})  # keywords that are no load-time options
 _KINDS: dict[str, type] = {
     **dict.fromkeys(("num_ctx", "num_batch", "num_thread", "num_parallel", "num_gpu", "main_gpu"), int),
     **dict.fromkeys(("use_mmap", "flash_attention", "require_gpu"), bool),
@@ -164,10 +166,10 @@ class RequestParser:
 
         The model is not pinned by this, and its engine need not be installed.
         """
-        spec = self._spec(model, asking)
+        spec = _with_adapter(self._spec(model, asking), asking.get("adapter"))
         if isinstance(spec, ModelSpec) and len(spec.projectors) > 1:
             raise UnsupportedOption("projectors", spec.projectors, "llama.cpp loads one projector for a model")
-        named: dict[str, Any] = {name: value for name, value in asking.items() if name not in (*_IDENTITY, *_TIMING)}
+        named: dict[str, Any] = {name: value for name, value in asking.items() if name not in _NO_OPTIONS}
         for name, value in named.items():
             check_option(name, value)
             if isinstance(spec, PythonModel) and value is not None:
@@ -259,6 +261,18 @@ class RequestParser:
             raise
 
 
+def _with_adapter(
+    model: ModelSpec | PythonModel | EngineModel, adapter: ChosenAdapters | None
+) -> ModelSpec | PythonModel | EngineModel:
+    """Return the model with the adapters that a request chooses; raises `UnsupportedOption` where it has none such."""
+    if adapter is None:
+        return model
+    if not isinstance(model, ModelSpec):
+        chosen_adapters(adapter, {})
+        return model
+    return replace(model, adapter=adapter)
+
+
 def lease_limit(value: int | Literal["slots"] | None) -> int | None:
     """Return a limit of leases as the core takes it."""
     return SLOTS if value == "slots" else value
@@ -267,7 +281,21 @@ def lease_limit(value: int | Literal["slots"] | None) -> int | None:
 def _references(model: str | os.PathLike[str] | ModelSpec, identity: Mapping[str, object]) -> list[Reference]:
     """Return what tells a reference from others: what it counts as now, then what it may have counted as before."""
     if isinstance(model, ModelSpec):
-        return [(model.path, repr((model.adapters, model.projectors, model.embedding, model.llama_server, identity)))]
+        return [
+            (
+                model.path,
+                repr(
+                    (
+                        model.adapters,
+                        model.named_adapters,
+                        model.projectors,
+                        model.embedding,
+                        model.llama_server,
+                        identity,
+                    )
+                ),
+            )
+        ]
     text, rest = os.fspath(model), repr(identity)
     path = os.path.abspath(os.path.expanduser(text))
     if not isinstance(model, str) or is_path(text):
@@ -289,7 +317,7 @@ def check_option(name: str, value: object) -> None:
         return
     kind = _KINDS.get(name)
     if kind is None:
-        known = ", ".join(sorted({*_IDENTITY, *_TIMING, *(each.name for each in fields(Options))}))
+        known = ", ".join(sorted({*_NO_OPTIONS, *(each.name for each in fields(Options))}))
         raise UnsupportedOption(name, value, f"there is no such option; there are {known}")
     if value is None:
         return

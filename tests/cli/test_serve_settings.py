@@ -195,7 +195,8 @@ def test_paths_in_a_file_are_seen_from_its_folder(folder: Path, monkeypatch: pyt
     (folder / "elsewhere").mkdir()
     (folder / "serve.toml").write_text(
         "lock_folder = 'locks'\nmeasurement_file = 'none'\napi_key_file = 'key'\n"
-        "models.folders = ['a', '/b']\nmodels.m = { path = 'm.gguf', adapters = 'l.gguf', projectors = ['/p.gguf'] }"
+        "models.folders = ['a', '/b']\nmodels.m = { path = 'm.gguf', adapters = 'l.gguf', projectors = ['/p.gguf'], "
+        "named_adapters = { sql = 's.gguf' } }"
     )
     monkeypatch.chdir(folder / "elsewhere")
     settings = read_settings(flags("--config", "../serve.toml", "--engine-log", "log"), {})
@@ -208,6 +209,7 @@ def test_paths_in_a_file_are_seen_from_its_folder(folder: Path, monkeypatch: pyt
     assert model.path is not None and Path(model.path).resolve() == folder / "m.gguf"
     assert [Path(path).resolve() for path in model.changes["adapters"]] == [folder / "l.gguf"]
     assert model.changes["projectors"] == ("/p.gguf",)
+    assert Path(model.changes["named_adapters"]["sql"]).resolve() == folder / "s.gguf"
 
 
 def test_folders_may_be_named_without_a_table() -> None:

@@ -22,8 +22,6 @@ from typing import Any
 from unittest.mock import Mock
 from urllib.parse import urlsplit
 
-import gguf
-import numpy
 import psutil
 import pytest
 
@@ -41,7 +39,7 @@ from scheduler.errors.exceptions import InvalidModel, ModelNotFound
 from scheduler.models.model_spec import ModelSpec
 from tests.support.leaks import no_leaks
 from tests.support.own_server import an_engine, chosen
-from tests.support.tiny_models import write_tiny_model
+from tests.support.tiny_models import write_adapter, write_tiny_model
 
 LIMIT_S = 20.0  # a load takes about 0.1 s
 NOTICED_S = 5.0  # fifty times the 100 ms within which an exit is noticed, and half of what a probe may take to
@@ -392,20 +390,10 @@ def test_an_embedder_embeds(engine: LlamaEngine, file: Path) -> None:
 
 def test_an_adapter_is_loaded(engine: LlamaEngine, file: Path, tmp_path: Path) -> None:
     """An adapter beside the model is loaded with it."""
-    adapter = tmp_path / "adapter.gguf"
-    writer = gguf.GGUFWriter(adapter, "llama")
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", 1.0)
-    writer.add_tensor("blk.0.attn_q.weight.lora_a", numpy.zeros((4, 64), dtype=numpy.float32))
-    writer.add_tensor("blk.0.attn_q.weight.lora_b", numpy.zeros((64, 4), dtype=numpy.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    _, told = launch_and_wait(engine, file, adapters=(str(adapter),))
+    adapter = str(write_adapter(tmp_path / "adapter.gguf", 1))
+    _, told = launch_and_wait(engine, file, adapters=(adapter,))
     _, adapters, _ = ask(told.endpoint(), "/lora-adapters")
-    assert [(each["path"], each["scale"]) for each in adapters] == [(str(adapter), 1.0)]
+    assert [(each["path"], each["scale"]) for each in adapters] == [(adapter, 1.0)]
 
 
 def test_memory_is_measured_from_the_load_to_the_end(engine: LlamaEngine, file: Path) -> None:

@@ -174,11 +174,11 @@ def test_a_server_without_a_backend_for_the_gpus_says_so(tmp_path: Path, model: 
 
 REQUEST: dict[str, Any] = {
     "parent": 1, "library": None, "key": "secret", "name": "a,b", "model": "/m.gguf",
-    "adapters": ["/l1.gguf", "/l2.gguf"],
+    "adapters": [("/l1.gguf", 1.0), ("/l2.gguf", 1.0)],
     "projector": "/p.gguf", "projector_on_gpu": False, "embedding": False, "pooling": None, "num_ctx": 512,
     "num_parallel": 2, "num_batch": 64, "num_micro_batch": 32, "prompt_cache_mib": 7, "num_checkpoints": 3,
     "num_thread": 2, "num_thread_prompt": 4, "use_mmap": False, "flash_attention": True, "cache_type_k": "q8_0",
-    "cache_type_v": "f16", "holds_back": False, "gpu_layers": [], "prompts": None,
+    "cache_type_v": "f16", "holds_back": False, "gpu_layers": [], "prompts": None, "engine_key": None,
 }  # fmt: skip
 
 
@@ -229,7 +229,7 @@ def test_what_a_server_would_not_take_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'rank' is not one of .* --pooling: none, mean"):
         told(listed, embedding=True, pooling="rank")
     with pytest.raises(ValueError, match="comma"):
-        told(adapters=["/a,b.gguf"])
+        told(adapters=[("/a,b.gguf", 1.0)])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks on this system")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -18,6 +19,7 @@ from scheduler.http.runner_routes import Call, RunnerRoute
 from scheduler.models.chat_defaults import ChatDefaults
 from scheduler.models.model_spec import ModelSpec
 from tests.http.conftest import Serve, Served, eventually
+from tests.support.tiny_models import write_adapter
 
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 GREEDY: dict[str, Any] = {"temperature": 0, "seed": 1, "max_tokens": 24}
@@ -292,3 +294,49 @@ def test_the_description_has_fields_and_errors(served: Served) -> None:
         answers = paths[path]["post"]["responses"]
         assert statuses <= {*answers}
         assert answers["404"]["content"]["application/json"]["schema"]["properties"]["error"]["type"] == shape
+
+
+class Adapted:
+    """Two names of one model, of which one has a choice of its own."""
+
+    location = "here"
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        named = {name: str(write_adapter(folder / f"{name}.gguf", seed)) for seed, name in enumerate(("sql", "tone"))}
+        self.models = {
+            name: ModelSpec(name, str(model), named_adapters=named, adapter=adapter)
+            for name, adapter in (("plain", {}), ("as-sql", "sql"))
+        }
+
+    def find(self, name: str) -> ModelSpec | None:
+        return self.models.get(name)
+
+    def names(self) -> list[str]:
+        return [*self.models]
+
+
+def test_the_name_of_a_model_or_a_field_says_which_adapter_is_applied(
+    serve: Serve, model_folder: Path, tmp_path: Path
+) -> None:
+    """One runner serves all of them, in each protocol, as a lease on that adapter is served."""
+    served = serve()
+    served.scheduler.catalog.add(Adapted(tmp_path, model_folder / "m.gguf"))
+    greedy = {"prompt": "Once upon a time", "temperature": 0, "max_tokens": 6, "logprobs": 1}
+
+    def of_openai(model: str, **more: Any) -> Any:
+        (choice,) = served.post("/v1/completions", {"model": model, **greedy, **more}).json()["choices"]
+        return choice["logprobs"]["content"]
+
+    def of_ollama(model: str, **more: Any) -> Any:
+        options = {"temperature": 0, "num_predict": 6}
+        asked = {"model": model, "prompt": greedy["prompt"], "raw": True, "stream": False, "options": options, **more}
+        return served.post("/api/generate", asked).json()["response"]
+
+    for ask in (of_openai, of_ollama):
+        plain, sql, tone = ask("plain"), ask("as-sql"), ask("plain", adapter="tone")
+        assert plain != sql != tone != plain
+        assert ask("plain", adapter={"sql": 1.0}) == sql
+        assert ask("as-sql", adapter={"sql": 0}) == plain
+    assert len(served.scheduler.status().runners) == 1
+    refused = served.post("/v1/completions", {"model": "plain", **greedy, "adapter": "none"})
+    assert refused.status_code == 400 and "it has sql, tone" in refused.json()["error"]["message"]

@@ -27,7 +27,7 @@ from fsm.state.snapshot import DeviceView
 from scheduler import Lease, RunnerStatus, Scheduler, SchedulerError, Status, WaitStatus
 from scheduler.config.settings import settings_table
 from scheduler.runtime.request_parser import AcquireOptions
-from tests.support.tiny_models import write_tiny_model
+from tests.support.tiny_models import write_adapter, write_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -99,6 +99,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     models.mkdir()
     for seed, name in enumerate(("smollm2", "embedder")):
         write_tiny_model(models / f"{name}.gguf", seed=seed, context=1024)
+    for seed, name in enumerate(("sql", "tone")):
+        write_adapter(models / f"{name}-lora.gguf", seed)
     return models.parent
 
 

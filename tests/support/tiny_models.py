@@ -96,6 +96,25 @@ def _add_ranking(writer: gguf.GGUFWriter, *, layers: int, width: int, end: int) 
             writer.add_tensor(f"blk.{layer}.{name}.weight", numpy.ones(width // HEADS, dtype=numpy.float32))
 
 
+def write_adapter(path: Path, seed: int, *, layers: int = 2, width: int = 64) -> Path:
+    """Write a LoRA adapter of a tiny model with random weights, which change its answers, and return `path`."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 16.0)
+    random = numpy.random.default_rng(seed)
+    for layer in range(layers):
+        for name, (rows, columns) in {"attn_k": (width // 2, width), "ffn_down": (width, 2 * width)}.items():
+            for part, shape in {"a": (8, columns), "b": (rows, 8)}.items():
+                weights = 0.2 * random.standard_normal(shape, dtype=numpy.float32)
+                writer.add_tensor(f"blk.{layer}.{name}.weight.lora_{part}", weights)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def add_tokenizer(writer: gguf.GGUFWriter, tokens: list[str], template: str = TEMPLATE) -> None:
     end = len(tokens) - 1
     writer.add_vocab_size(len(tokens))

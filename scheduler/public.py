@@ -9,6 +9,7 @@ from scheduler.api.scheduler import Scheduler
 from scheduler.api.status import RunnerStatus, Status, WaitStatus
 from scheduler.config.settings import Settings
 from scheduler.engines.answer import Answer
+from scheduler.engines.command_model import CommandModel
 from scheduler.engines.python import PythonModel
 from scheduler.errors.exceptions import (
     AcquireTimeout,
@@ -46,6 +47,7 @@ __all__ = [
     "Candidate",
     "Catalog",
     "ChatDefaults",
+    "CommandModel",
     "ConsideredDevice",
     "ConsideredRunner",
     "Decision",

@@ -14,6 +14,7 @@ from scheduler.concurrency.clock import Clock, monotonic_clock
 from scheduler.concurrency.thread_pool import ThreadPool
 from scheduler.config.settings import Settings
 from scheduler.devices.device_reader import DeviceReader
+from scheduler.engines.command_model import CommandModel
 from scheduler.engines.engine_model import EngineModel
 from scheduler.engines.interface import Engine
 from scheduler.engines.llama import LlamaEngine
@@ -120,6 +121,10 @@ class Environment:
 
     def engine_of(self, settings: Settings, model: ModelSpec | EngineModel) -> Engine:
         """Return the engine that a model names: a `llama-server` by its path, or another engine by its name."""
+        if isinstance(model, CommandModel):
+            from scheduler.engines.command import CommandEngine  # most programs have no such models
+
+            return CommandEngine(log_file=settings.engine_log)
         if isinstance(model, ModelSpec):
             return server_engine(settings, Path(model.llama_server), self._sees_gpus)
         return other_engine(settings, model)

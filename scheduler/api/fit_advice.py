@@ -110,7 +110,8 @@ def _resolved(profile: ModelProfile, asked: Options) -> Options | None:
 
 def _ways(asked: Options, explicit: Options, gpu_ways: Sequence[int], *, small: bool) -> Iterator[Options]:
     """Yield other options, the least harm first: cache types, context, slots, placement, and several of them."""
-    assert explicit.num_ctx is not None and explicit.num_parallel is not None, "made explicit by resolve"
+    if explicit.num_ctx is None or explicit.num_parallel is None:
+        return  # its engine knows no contexts and no slots
     least = _SMALLEST_CONTEXT if small or explicit.num_ctx <= _SMALL_CONTEXT else _SMALL_CONTEXT
     contexts = _halves(explicit.num_ctx, least, most=5)
     slots = _halves(explicit.num_parallel, 1, most=3)

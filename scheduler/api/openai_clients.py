@@ -22,19 +22,22 @@ if TYPE_CHECKING:
 
 # A connection is used once: the server closes one that is kept while the next request is on its way.
 _LIMITS = httpx2.Limits(max_keepalive_connections=0)
+_NO_KEY = "none"  # of a server without one: the package wants a text
 _BROKEN = (httpx2.NetworkError, httpx2.ProtocolError)
 
 
 def client_of(lease: Lease) -> OpenAI:
     """Return a client that talks to the runner of a lease."""
     http_client = httpx2.Client(transport=_Transport(lease), trust_env=False)
-    return OpenAI(base_url=f"{lease.url}/v1", api_key=lease.api_key, max_retries=0, http_client=http_client)
+    return OpenAI(base_url=f"{lease.url}/v1", api_key=lease.api_key or _NO_KEY, max_retries=0, http_client=http_client)
 
 
 def async_client_of(lease: Lease) -> AsyncOpenAI:
     """As `client_of`, for an event loop."""
     http_client = httpx2.AsyncClient(transport=_AsyncTransport(lease), trust_env=False)
-    return AsyncOpenAI(base_url=f"{lease.url}/v1", api_key=lease.api_key, max_retries=0, http_client=http_client)
+    return AsyncOpenAI(
+        base_url=f"{lease.url}/v1", api_key=lease.api_key or _NO_KEY, max_retries=0, http_client=http_client
+    )
 
 
 class _Transport(httpx2.BaseTransport):

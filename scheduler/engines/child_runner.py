@@ -191,12 +191,12 @@ class ChildRunner:
         return worked_s
 
 
-def get(url: str, path: str, timeout_s: float | None) -> int:
+def get(url: str, path: str, timeout_s: float | None, key: str = "") -> int:
     """Return the status of a server's answer; raises OSError or HTTPException where there is none."""
     address = urlsplit(url)
     connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=timeout_s)
     try:
-        connection.request("GET", path)
+        connection.request("GET", path, headers={"Authorization": f"Bearer {key}"} if key else {})
         return connection.getresponse().status
     finally:
         connection.close()

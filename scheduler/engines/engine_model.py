@@ -20,6 +20,7 @@ class EngineModel:
     """
 
     engine: ClassVar[str] = ""  # the name that the engine is registered by
+    takes_options: ClassVar[bool] = True  # whether requests may name load-time options
 
     name: str
     options: Options = field(default=Options(), kw_only=True, compare=False)

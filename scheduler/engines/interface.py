@@ -100,7 +100,8 @@ class Process(Protocol):
     """The engine's handle of one runner, from its launch on; any thread may use it.
 
     A process whose prompts can be kept for the next runner like it has a property `prompts` beside these: `Prompts`
-    while it serves, and None before and after.
+    while it serves, and None before and after. A runner that is several processes has a property `pids`: all of them,
+    as far as they are known, so that what they hold on GPUs is counted.
     """
 
     @property
@@ -225,3 +226,9 @@ def prompts_of(process: Process | None) -> Prompts | None:
     """Return the prompts of a runner that serves; None where they cannot be kept: most engines know of none."""
     found: Prompts | None = getattr(process, "prompts", None)
     return found
+
+
+def pids_of(process: Process) -> tuple[int, ...]:
+    """Return the processes of a runner, as far as they are known: one for most engines, none for an object here."""
+    found: tuple[int, ...] | None = getattr(process, "pids", None)
+    return found if found is not None else () if process.pid is None else (process.pid,)

@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal
 
 from fsm.domain.devices import DeviceId
 from fsm.domain.options import Options
@@ -52,6 +52,8 @@ class PythonModel(Generic[Value]):
     `load` and `unload` run on one thread of the object's own and may take as long as they need. Without `unload` the
     object is dropped. Raises `InvalidSettings` for bytes that cannot be read, and for arguments of a wrong type.
     """
+
+    takes_options: ClassVar[bool] = False
 
     name: str
     load: Callable[[], Value]

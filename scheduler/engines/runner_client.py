@@ -445,7 +445,7 @@ class RunnerClient:
         timeout = httpx2.Timeout(limits.left_s(), connect=self._connect_timeout_s, pool=None)
         # httpx2's own transport takes the first, and that of event loops the second
         extensions = {} if connection is None else {"trace": connection.trace, "opened": connection.opened}
-        headers = {"Authorization": f"Bearer {with_scales(self._key, request.scales)}"}
+        headers = authorization(with_scales(self._key, request.scales))
         return client.build_request(
             "POST", request.path, content=request.content(), headers=headers, timeout=timeout, extensions=extensions
         )
@@ -472,6 +472,11 @@ class RunnerClient:
                     raise EngineError(503, f"the request was not sent: {OUT_OF_FILES}") from None
                 raise ConnectionError(f"the runner at {self._url} cannot be reached: {error}") from None
             raise
+
+
+def authorization(key: str) -> dict[str, str]:
+    """Return the header that has a server's key; none where it has no key."""
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 @contextmanager
@@ -607,4 +612,4 @@ class _Events:
         return self._partial.feed(event)
 
 
-__all__ = ["CONNECT_TIMEOUT_S", "EVENTS", "Call", "Connection", "Limits", "RunnerClient"]
+__all__ = ["CONNECT_TIMEOUT_S", "EVENTS", "Call", "Connection", "Limits", "RunnerClient", "authorization"]

@@ -11,6 +11,7 @@ import httpx2
 
 from scheduler.api.lease import Lease
 from scheduler.engines.loop_transport import answer_from
+from scheduler.engines.runner_client import authorization
 
 _CONNECT_S = 5.0
 _MODEL = re.compile(rb'"model":("(?:[^"\\]|\\.)*")')
@@ -38,11 +39,8 @@ async def answer_at(
     server = urlsplit(url)
     assert server.hostname is not None
     assert server.port is not None
-    more = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    head = (
-        f"{method} {target} HTTP/1.1\r\nHost: {server.netloc}\r\nAuthorization: Bearer {key}\r\n{more}"
-        f"Content-Length: {len(content)}\r\n\r\n"
-    )
+    more = "".join(f"{name}: {value}\r\n" for name, value in (*authorization(key).items(), *headers.items()))
+    head = f"{method} {target} HTTP/1.1\r\nHost: {server.netloc}\r\n{more}Content-Length: {len(content)}\r\n\r\n"
     response = await answer_from(
         server.hostname, server.port, head.encode("latin-1") + content, connect_timeout_s=_CONNECT_S
     )

@@ -13,7 +13,7 @@ from fsm.messages.events import Event, Resident, Sampled
 from scheduler.concurrency.latch import Latch
 from scheduler.concurrency.thread_pool import ThreadPool
 from scheduler.devices.device_reader import DeviceReader
-from scheduler.engines.interface import Process, prompts_of
+from scheduler.engines.interface import Process, pids_of, prompts_of
 
 log = logging.getLogger("loadmaster")
 
@@ -90,15 +90,15 @@ class MemorySampler:
         running = list(self._running())
         memories = [(id, process.memory()) for id, process in running]
         amounts: dict[RunnerId, dict[DeviceId, int]] = {id: dict(memory.resident) for id, memory in memories}
-        pids = {process.pid: id for id, process in running if process.pid is not None}
+        pids = {id: pids_of(process) for id, process in running}
         samples = self._devices.sample()
         if any(sample.kind == "gpu" for sample in samples):
             for gpu, held in self._devices.gpu_processes().items():
-                for pid in held.keys() & pids.keys():
-                    own = amounts[pids[pid]]
+                for id, own in amounts.items():
                     # In a container the pids of the GPU's driver may be other processes': a runner holds its buffers
                     # anyway.
-                    own[gpu] = max(held[pid], own.get(gpu, 0))
+                    if any(pid in held for pid in pids[id]):
+                        own[gpu] = max(sum(held.get(pid, 0) for pid in pids[id]), own.get(gpu, 0))
         resident: tuple[tuple[RunnerId, Resident], ...] = tuple(
             (id, tuple(sorted(held.items()))) for id, held in amounts.items() if held
         )

@@ -172,8 +172,8 @@ class RequestParser:
         named: dict[str, Any] = {name: value for name, value in asking.items() if name not in _NO_OPTIONS}
         for name, value in named.items():
             check_option(name, value)
-            if isinstance(spec, PythonModel) and value is not None:
-                raise UnsupportedOption(name, value, "an object has no load-time options")
+            if value is not None and not getattr(spec, "takes_options", True):
+                raise UnsupportedOption(name, value, f"{_kind(spec)} has no load-time options")
         named = {name: value for name, value in named.items() if value is not None}
         if "devices" in named:
             named["devices"] = device_ids(named["devices"])
@@ -227,8 +227,7 @@ class RequestParser:
         if isinstance(model, PythonModel | EngineModel):
             for name, value in identity.items():
                 if value is not None:
-                    what = "an object" if isinstance(model, PythonModel) else "a model of another engine"
-                    raise UnsupportedOption(name, value, f"{what} has no such part")
+                    raise UnsupportedOption(name, value, f"{_kind(model)} has no such part")
             return self._lives.current(model) if isinstance(model, PythonModel) else model
         identity = {name: value for name, value in identity.items() if value is not None}
         try:
@@ -276,6 +275,10 @@ def _with_adapter(
 def lease_limit(value: int | Literal["slots"] | None) -> int | None:
     """Return a limit of leases as the core takes it."""
     return SLOTS if value == "slots" else value
+
+
+def _kind(model: Model) -> str:
+    return "an object" if isinstance(model, PythonModel) else "a model of another engine"
 
 
 def _references(model: str | os.PathLike[str] | ModelSpec, identity: Mapping[str, object]) -> list[Reference]:

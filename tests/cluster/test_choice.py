@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fsm.cluster import choice
@@ -132,6 +132,7 @@ def test_a_free_slot_is_better_than_the_quickest_load() -> None:
         assert choose([quick, old], NOTHING, ASK, NOW)[0].way is Way.ready
 
 
+@example([node("between", loaded(6, slots=5))], 0.0, 5, 0)
 @given(fleets, ages, st.integers(0, 9), st.integers(0, 9))
 def test_a_request_less_never_makes_a_node_worse(
     others: list[NodeDigest], age_s: float, leases: int, queued: int

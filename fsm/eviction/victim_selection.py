@@ -23,15 +23,6 @@ Suffices = Callable[[Sequence[Candidate]], bool]
 
 
 @dataclass(frozen=True, slots=True)
-class SelectionProblem:
-    """What a set of victims has to achieve."""
-
-    suffices: Suffices
-    frees: Callable[[Candidate], Amount]
-    least: int = 0  # victims beside the mandatory ones that have to leave, whatever they free
-
-
-@dataclass(frozen=True, slots=True)
 class Ranking:
     """Candidates in the orders in which sets of them are tried: sorted once, for many choices."""
 
@@ -104,19 +95,12 @@ def rank(now: float, ordered: Sequence[Candidate], frees: Callable[[Candidate], 
 
 
 def choose_victims(
-    now: float, ordered: Sequence[Candidate], mandatory: Sequence[Candidate], problem: SelectionProblem
-) -> VictimSet | None:
-    """Return the victims: all of `mandatory`, and some of `ordered`; None if all of them together do not suffice."""
-    return choose_ranked(rank(now, ordered, problem.frees), mandatory, problem.suffices, problem.least)
-
-
-def choose_ranked(
     ranking: Ranking, mandatory: Sequence[Candidate], suffices: Suffices, least: int = 0
 ) -> VictimSet | None:
-    """Return the victims as `choose_victims` does, of candidates that are ranked already.
+    """Return the victims: all of `mandatory`, and some of a ranking; None if all of them together do not suffice.
 
-    Where every candidate has a cost, the cheapest set is chosen, tier by tier. Else as few candidates are chosen as
-    suffice, the first preferred.
+    At least `least` beside the mandatory ones leave, where any have to. Where every candidate has a cost, the cheapest
+    set is chosen, tier by tier. Else as few candidates are chosen as suffice, the first preferred.
     """
     if ranking.ordered and not ranking.tiers:
         victims = smallest_prefix(ranking.ordered, mandatory, suffices)

@@ -102,11 +102,6 @@ class Table(Generic[State]):
             trigger: event.trigger for trigger, event in machine.events.items()
         }
 
-    @property
-    def triggers(self) -> tuple[str, ...]:
-        """Every trigger, in the order of the rows."""
-        return tuple(dict.fromkeys(row.trigger for row in self.rows))
-
     def destination(self, trigger: str, source: State) -> State | None:
         """Return the state to which `trigger` leads from `source`, guards apart; None where it is not allowed."""
         return self._destinations.get((trigger, source))

@@ -62,9 +62,7 @@ class AvailabilityProfile:
         self.gpus = gpus
         self.bytes = [free.copy() for _ in HORIZONS]
         self.held = {  # bytes by memory that each runner leaves to others in the end
-            RunnerId(id): {device: account.held_bytes(device) for device in (*account.reserved, *account.peak)}
-            for (kind, id), account in ledger.accounts.items()
-            if kind == "runner"
+            RunnerId(id): account.held for (kind, id), account in ledger.accounts.items() if kind == "runner"
         }
         # bytes by memory once every movable runner has left, whatever other request groups wait for
         self.potential = dict(self.available_after(NOW, movable))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
-from fsm.domain.devices import DeviceId
 from fsm.machine.request import ModelId, Purpose, Request, RequestId, RequestState
 from fsm.machine.runner import LOADING, Runner
 from fsm.messages.refusals import WouldDeadlockRefusal
-from fsm.placement.search import Gpu, PlacementDemand, find_placement
+from fsm.placement.search import PlacementDemand, find_placement
 from fsm.planning.automatic_options import resolved_demand
+from fsm.planning.availability import gpus_of
 from fsm.sizing.footprint import Footprint
 from fsm.state.core_state import CoreState
 from fsm.state.runner_match import match
@@ -73,7 +73,7 @@ def known_demand(state: CoreState, request: Request) -> PlacementDemand | None:
     resolution = model.resolution(spec.options)
     if not model.inspected_since_launch or resolution is None:
         return None
-    load, demand = resolved_demand(model, resolution, state, _capacity(state), _gpus(state))
+    load, demand = resolved_demand(model, resolution, state, state.ledger.capacity, gpus_of(state.ledger))
     serves = model.current is not None and match(model.current, spec.options, load.options)
     return None if serves else demand
 
@@ -82,18 +82,9 @@ def has_room(state: CoreState, demand: PlacementDemand, staying: Collection[Runn
     """Tell whether there is room where only the runners `staying` are alive: for a demand, and for a process."""
     if process and 0 < state.config.max_runners <= len(staying):
         return False
-    free = _capacity(state)
+    free = state.ledger.capacity
     for runner in staying:
         account = state.ledger.accounts["runner", runner.id]
         free = {device: amount - account.held_bytes(device) for device, amount in free.items()}
-    gpus = _gpus(state)
+    gpus = gpus_of(state.ledger)
     return any(find_placement(demand, offload, free, gpus, free) for offload in demand.offload_modes(gpus))
-
-
-def _capacity(state: CoreState) -> Mapping[DeviceId, int]:
-    return {one.id: one.capacity_bytes for one in state.ledger.devices.values() if not one.integrated}
-
-
-def _gpus(state: CoreState) -> list[Gpu]:
-    devices = state.ledger.devices.values()
-    return [Gpu(one.id, one.memory, one.instance, one.library) for one in devices if one.kind == "gpu"]

@@ -24,7 +24,7 @@ def infeasible_reason(
     `potential` are the bytes by device that are free once every runner has left that may. The placement is None where
     no amount of memory would do.
     """
-    capacity = {device.id: device.capacity_bytes for device in state.ledger.devices.values() if not device.integrated}
+    capacity = state.ledger.capacity
     offload, need = _least_lacking(demand, dict.fromkeys((*capacity, HOST), BOUNDLESS), potential, gpus)
     amounts = needed(demand, need, potential) if need else demand.footprint.fixed
     reason = _reason(state, gpus, demand, offload, potential, capacity)

@@ -8,7 +8,7 @@ from functools import partial
 
 from fsm.domain.devices import HOST, Amounts, Placement
 from fsm.eviction.policies import Candidate
-from fsm.eviction.victim_selection import VictimSet, choose_ranked
+from fsm.eviction.victim_selection import VictimSet, choose_victims
 from fsm.machine.request import ModelId, Purpose
 from fsm.machine.runner import STOPPING, Runner, RunnerId
 from fsm.messages.reasons import KeptReason, NeededFor, RunnerStep, WaitFor, WaitForRunners, WaitReason
@@ -50,7 +50,7 @@ def plan_eviction(
     context.plan.contended.update(victim.runner for victim in victims if not goes)
     kept = _kept(context, group, may, victims, victim_set) if context.explains else {}
     context.plan.placements[group.spec] = PlannedPlacement(
-        placement, need.amounts(placement), free, tuple(victims), tuple(may), victim_set, kept
+        placement, need.amounts(placement), free, tuple(victims), tuple(may), kept
     )
     return placement
 
@@ -137,7 +137,7 @@ def _select_victims(
     for horizon in (AFTER_DRAINS, AFTER_EVICTIONS) if _more_after_evictions(context) else (AFTER_EVICTIONS,):  # 3, 4
         candidates = may.idle(context.state.now) if horizon == AFTER_DRAINS else may
         least = _fewest_victims(context, need, must, horizon)
-        if victim_set := choose_ranked(candidates, must, partial(_suffices, context, need, horizon), least):
+        if victim_set := choose_victims(candidates, must, partial(_suffices, context, need, horizon), least):
             return may.ordered, victim_set
     return may.ordered, None
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 from fsm.domain.devices import Amounts, Placement
 from fsm.eviction.policies import Candidate
-from fsm.eviction.victim_selection import VictimSet
 from fsm.machine.request import Request, RequestSpec
 from fsm.machine.runner import Runner, RunnerId
 from fsm.messages.reasons import ExpireReason, KeptReason, WaitReason
@@ -27,7 +26,6 @@ class PlannedPlacement:
     free: Amounts  # bytes by device that the placement was judged by: free, or available once the victims have left
     victims: tuple[Candidate, ...] = ()  # no victim leaves before all of them may
     considered: tuple[Candidate, ...] = ()  # candidates, the first choice first; empty where no victim is needed
-    victim_set: VictimSet | None = None  # how the victims were chosen
     # why each runner is not evicted for the group, None for its victims; only where a decision log is kept
     kept: Mapping[RunnerId, KeptReason | None] = field(default_factory=dict)
 

@@ -16,7 +16,7 @@ from itertools import takewhile
 from fsm.domain.devices import DeviceId
 from fsm.domain.options import Options
 from fsm.eviction.policies import Candidate, EvictionPolicy
-from fsm.eviction.victim_selection import Amount, SelectionProblem, choose_victims
+from fsm.eviction.victim_selection import Amount, choose_victims, rank
 from fsm.machine.request import ModelId, Purpose
 from fsm.machine.runner import LOADING, Runner
 from fsm.messages.reasons import DeviceShrunk, RunnerLimit, WaitFor, WaitReason
@@ -90,7 +90,7 @@ def _evict_excess(context: PlanningContext) -> None:
     def suffices(victims: Sequence[Candidate]) -> bool:
         return len(victims) >= least and all(map(int.__ge__, _freed(short, map(frees, victims)), wanted))
 
-    victim_set = choose_victims(context.state.now, may, (), SelectionProblem(suffices, frees, least))
+    victim_set = choose_victims(rank(context.state.now, may, frees), (), suffices, least)
     for victim in victim_set.victims if victim_set is not None else ():
         held = ledger.accounts["runner", victim.runner]
         device = next(filter(held.held_bytes, short), None)

@@ -43,6 +43,11 @@ class Account(Record):
         self.projected_peak |= {device: peak + expected_growth.get(device, 0) for device, peak in self.peak.items()}
         self._lower()
 
+    @property
+    def held(self) -> dict[DeviceId, int]:
+        """The bytes that count as taken, by device."""
+        return {device: self.held_bytes(device) for device in (*self.reserved, *self.peak)}
+
     def _lower(self) -> None:
         for device in self.reserved.keys() & self.peak.keys() if self.peak_observed else ():
             most = self.peak[device] + self.expected_growth.get(device, 0)
@@ -127,9 +132,10 @@ class Ledger(Record):
         """Close an owner's account."""
         del self.accounts[owner]
 
-    def reserved_bytes(self, device: DeviceId) -> int:
-        """Return the sum of all reservations on a device."""
-        return sum(account.reserved.get(device, 0) for account in self.accounts.values())
+    @property
+    def capacity(self) -> dict[DeviceId, int]:
+        """The bytes of each memory; an integrated GPU has none of its own."""
+        return {one.id: one.capacity_bytes for one in self.devices.values() if not one.integrated}
 
     def held_bytes(self, device: DeviceId) -> int:
         """Return the sum of the bytes that count as taken on a device: reserved, or measured where that is more."""

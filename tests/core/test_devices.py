@@ -85,12 +85,12 @@ def test_n03_an_integrated_gpu_and_the_host_are_never_promised_more_than_there_i
     """N03: a model on the host does not fit beside a model on an integrated GPU that takes the host's memory."""
     pool = sharing("8GiB", ("0B",), "gpu0").declare("b", READ).loading("a", request=1)
     assert launched(pool.feed(acquire("b", request=2, num_gpu=0))) == []
-    assert pool.core._state.ledger.reserved_bytes(HOST) == 4 * GIB
+    assert pool.core._state.ledger.held_bytes(HOST) == 4 * GIB
     pool.feed(loaded(1), release(1))
     assert pool.stops == {1}, "the second model fits only in place of the first"
     assert launched(pool.feed(exited(1))) == ["b"]
     assert pool.launches[2].placement.gpu_layers == ()
-    assert 4 * GIB < pool.core._state.ledger.reserved_bytes(HOST) < 5 * GIB
+    assert 4 * GIB < pool.core._state.ledger.held_bytes(HOST) < 5 * GIB
 
 
 def test_u74_a_load_on_an_integrated_gpu_takes_the_host_s_load_slot() -> None:

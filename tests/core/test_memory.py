@@ -228,7 +228,7 @@ def test_what_is_not_known_is_booked_where_it_was_asked_for() -> None:
     ledger = Ledger()
     ledger.reserve(("runner", 1), ((HOST, 10),))
     assert ledger.by_memory([("gpu7", 5), ("gpu7", 1)]) == {"gpu7": 6}
-    assert ledger.reserved_bytes("gpu7") == 0
+    assert ledger.held_bytes("gpu7") == 0
 
 
 def test_a_reading_of_a_runner_that_is_gone_hides_no_others() -> None:

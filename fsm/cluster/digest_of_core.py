@@ -21,6 +21,7 @@ from fsm.cluster.digest import (
 from fsm.core import Core
 from fsm.domain.devices import HOST, Amounts, DeviceId
 from fsm.domain.options import SLOTS
+from fsm.eviction.reuse_prediction import IdleTimeStatistics, request_rate
 from fsm.machine.request import ModelId
 from fsm.machine.runner import IDLE, LOADING, Runner, RunnerId
 from fsm.sizing.footprint import Footprint
@@ -28,8 +29,7 @@ from fsm.state.core_state import CoreState
 from fsm.state.model_record import ModelRecord
 from fsm.state.runner_match import loaded_as
 
-IDLE_S = 300.0  # an eviction costs half as much where the runner has been idle for so long
-WAITING = 3.0  # requests that wait for a load together, on average
+STAY_S = 600.0  # for how long a runner would stay, whose eviction is priced
 
 
 def digest_of(now: float, core: Core, node: NodeId, offers: Mapping[ModelId, Offer], slots: int = 1) -> NodeDigest:
@@ -103,8 +103,7 @@ def _usual_bytes(state: CoreState, record: ModelRecord) -> KindBytes:
 
 
 def _held(state: CoreState, runner: Runner) -> KindBytes:
-    account = state.ledger.accounts["runner", runner.id]
-    return _by_kind(state, {device: account.held_bytes(device) for device in (*account.reserved, *account.peak)})
+    return _by_kind(state, state.ledger.accounts["runner", runner.id].held)
 
 
 def _by_kind(state: CoreState, amounts: Mapping[DeviceId, int]) -> KindBytes:
@@ -134,12 +133,17 @@ def _evictable(
     offers: Mapping[ModelId, Offer],
     held: Mapping[RunnerId, KindBytes],
 ) -> tuple[Evictable, ...]:
-    """Return the idle runners, those first whose eviction costs least by the byte."""
-    found = []
+    """Return the idle runners, those first whose eviction costs least by the byte.
+
+    The cost is what the policy `reuse` orders runners by, the loading that a runner saves in a second, over `STAY_S`:
+    what evictions on two nodes cost can be compared, which the price of memory on one node would hide.
+    """
+    statistics, found = IdleTimeStatistics(state.idle_intervals), []
     for runner in idle:
-        load_s = state.models[runner.model].load_s or 0.0
-        idle_s = max(0.0, now - runner.used_at)
-        cost_s = WAITING * load_s * IDLE_S / (IDLE_S + idle_s)
+        model = state.models[runner.model]
+        forecast = statistics.forecast(model.idle_intervals, max(0.0, now - runner.used_at))
+        load_s = (model.usual_load_s(runner.placement.gpu_layers) or 0.0) + runner.prompts_s
+        cost_s = STAY_S * load_s * request_rate(forecast)
         offer = offers.get(runner.model)
         one = Evictable(held[runner.id], cost_s, offer.content if offer is not None else None)
         found.append((cost_s / max(1, sum([amount for _, amount in one.bytes])), runner.id, one))

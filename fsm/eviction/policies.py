@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from fsm.eviction.reuse_prediction import ReuseForecast
+from fsm.eviction.reuse_prediction import ReuseForecast, request_rate
 from fsm.machine.request import ModelId
 from fsm.machine.runner import RunnerId
 
@@ -102,10 +102,7 @@ class ExpectedReloadCost:
         """Return the candidates with their costs, the cheapest first; a load that no request awaits costs nothing."""
         outlooks = [candidate.outlook() for candidate in candidates]
         loads_s = [0.0 if one.load_s is None else one.load_s + one.prompts_s for one in candidates]
-        rates = [
-            load_s * max((asked / rest_s for asked, rest_s in outlook), default=0.0)
-            for load_s, outlook in zip(loads_s, outlooks, strict=True)
-        ]
+        rates = [load_s * request_rate(outlook) for load_s, outlook in zip(loads_s, outlooks, strict=True)]
         price = PRICE_FACTOR * _price(candidates, rates)
         priced = [
             candidate.at_cost(_worth(outlook, load_s, price * candidate.held_bytes) + TIE_BREAK_S * rate)

@@ -48,6 +48,11 @@ def count_interval(rest_s: float, own: Histogram, common: Histogram) -> None:
 ReuseForecast = Sequence[tuple[float, float]]
 
 
+def request_rate(forecast: ReuseForecast) -> float:
+    """Return how often a second a model is requested while it stays, over the stay for which that is most often."""
+    return max((asked / rest_s for asked, rest_s in forecast), default=0.0)
+
+
 class IdleTimeStatistics:
     """The hazards of the rests of all models, computed once for a decision."""
 

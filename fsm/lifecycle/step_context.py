@@ -6,7 +6,7 @@ from fsm.machine.request import ModelId, RequestId
 from fsm.machine.runner import PROCESS_TABLE, READY, RUNNER_TABLE, Runner, RunnerId
 from fsm.machine.transition_table import IllegalTransition, State, Table
 from fsm.messages.commands import Command, Sample
-from fsm.messages.decision_log import Decision, DecisionReason, Entry, Transition
+from fsm.messages.decision_log import Decision, DecisionKind, DecisionReason, Entry, Transition
 from fsm.messages.reasons import ClaimMissed, TransitionReason
 from fsm.state.core_state import CoreState
 from fsm.state.model_record import ModelRecord
@@ -52,7 +52,12 @@ class StepContext:
             raise
 
     def decide(
-        self, what: str, model: ModelId, why: DecisionReason, request: RequestId | None, runner: RunnerId | None = None
+        self,
+        what: DecisionKind,
+        model: ModelId,
+        why: DecisionReason,
+        request: RequestId | None,
+        runner: RunnerId | None = None,
     ) -> None:
         if self.decision_log is not None:
             entry = Decision(self.state.now, what, model, why, request, runner, step=self.state.steps)

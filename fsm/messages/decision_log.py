@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from fsm.domain.devices import Amounts, DeviceId, Placement
 from fsm.machine.request import ModelId, RequestId
@@ -63,6 +64,10 @@ class Transition:
     step: int = 0  # number of the core's step that made the transition
 
 
+# Of a request, or of its group; but a runner is measured, and a model backs off.
+DecisionKind = Literal[
+    "queued", "waits", "evicts", "placed", "launched", "prefetched", "granted", "rejected", "measured", "backs off"
+]
 DecisionReason = Queued | Waited | WaitReason | Placement | Refusal | ClaimMissed | Prefetched | Measured | BackedOff
 
 
@@ -71,9 +76,7 @@ class Decision:
     """The core decided about a request or a model, or learned the measurement of a runner."""
 
     at: float  # seconds of the scheduler's clock
-    # queued, waits, evicts, placed, launched, prefetched, granted or rejected; of a runner: measured; of a model: backs
-    # off
-    what: str
+    what: DecisionKind
     model: ModelId
     why: DecisionReason | None = None  # None for `evicts`, where `runners` says it
     request: RequestId | None = None

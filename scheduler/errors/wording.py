@@ -15,7 +15,7 @@ from fsm.domain.devices import Placement
 from fsm.domain.options import MOST_SLOTS, MOST_THREADS
 from fsm.machine.request import ModelId
 from fsm.machine.runner import LOADING
-from fsm.messages.decision_log import ConsideredDevice, ConsideredRunner, Decision, Transition
+from fsm.messages.decision_log import ConsideredDevice, ConsideredRunner, Decision, DecisionKind, Transition
 from fsm.messages.reasons import (
     AskedBy,
     BackedOff,
@@ -146,7 +146,7 @@ KEPT: Mapping[KeptReason, str] = MappingProxyType(
 )
 
 
-DECISIONS: Mapping[str, str] = MappingProxyType(
+DECISIONS: Mapping[DecisionKind, str] = MappingProxyType(
     {
         "queued": "{subject} is queued: {reason}",
         "waits": "{subject} waits {reason}",
@@ -203,7 +203,7 @@ def failure_reason(reason: FailureReason) -> str:
     """Return why a runner is gone, or unusable; the text may have several lines, of which the first says most."""
     match reason:
         case ProcessExited(code, text):
-            return text or f"its process exited with {code}"
+            return text or ("its process never started" if code is None else f"its process exited with {code}")
         case NoAnswer(timeout_s, disconnected):
             broke = "its connections broke, and " if disconnected else ""
             return f"{broke}it did not answer within {format_duration(timeout_s)}"

@@ -14,6 +14,7 @@ from typing import Any
 
 from fsm.machine.request import ModelId
 from fsm.machine.runner import IDLE, READY, UNLOADED, RunnerId, RunnerState
+from fsm.messages.decision_log import DecisionKind
 from scheduler.api.scheduler import Scheduler
 from scheduler.errors.formatting import shown
 from scheduler.runtime.event_stream import Decision, Gap, Transition
@@ -28,7 +29,7 @@ _PAST_S = 600.0  # for so long an ended runner is kept
 _FLICKER_S = 0.5  # a runner that was idle for less than this counts as ready all the time
 _EVERY_S = 0.25  # the least between two times at which events are taken as requests end
 LOADED = (READY, IDLE)
-_ROUTINE = ("queued", "granted")  # decisions that come with every request
+_ROUTINE: tuple[DecisionKind, ...] = ("queued", "granted")  # decisions that come with every request
 
 
 @dataclass(slots=True)

@@ -29,7 +29,7 @@ from fsm.messages.commands import (
     Sample,
     Stop,
 )
-from fsm.messages.decision_log import ConsideredRunner, Decision, Entry, Transition
+from fsm.messages.decision_log import ConsideredRunner, Decision, DecisionKind, Entry, Transition
 from fsm.messages.events import (
     Acquire,
     Cancel,
@@ -70,7 +70,7 @@ from scheduler.recording.request_history import BEFORE, GRANTED_BEFORE, UNSEEN, 
 from scheduler.recording.timeline import Timeline
 
 # decisions that are narrated with a command or a transition
-_BY_A_COMMAND = {"granted", "rejected", "queued", "waits", "launched"}
+_BY_A_COMMAND: set[DecisionKind] = {"granted", "rejected", "queued", "waits", "launched"}
 
 
 @dataclass(frozen=True, slots=True)

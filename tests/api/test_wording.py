@@ -142,6 +142,7 @@ def test_a_runner_that_is_replaced_says_so() -> None:
     [
         (ProcessExited(-9, "killed by SIGKILL\nlast words", True), "killed by SIGKILL\nlast words", True),
         (ProcessExited(3, "", False), "its process exited with 3", False),
+        (ProcessExited(None, "", False), "its process never started", False),
         (NoAnswer(10.0), "it did not answer within 10s", True),
         (NoAnswer(10.0, disconnected=True), "its connections broke, and it did not answer within 10s", True),
         (LoadStalled(300.0), "its load showed no progress for 5m", False),

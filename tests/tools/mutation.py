@@ -23,7 +23,9 @@ MODULES = (
     "placement.search", "eviction.reuse_prediction", "eviction.policies", "eviction.victim_selection",
     "planning.availability", "planning.deadline_admission", "planning.eviction_candidates", "planning.load_slots",
     "planning.infeasibility", "planning.planning_context", "planning.planner", "planning.make_room",
-    "lifecycle.requests", "lifecycle.runners", "lifecycle.loads", "lifecycle.measurements", "lifecycle.failures",
+    "planning.deadlock", "planning.relocation", "planning.failed_loads", "planning.automatic_options",
+    "planning.thread_allocation", "state.runner_match", "state.model_record", "state.core_state",
+    "state.request_queue", "sizing.footprint", "sizing.load_history", "lifecycle.requests", "lifecycle.runners", "lifecycle.loads", "lifecycle.measurements", "lifecycle.failures",
     "lifecycle.memory_recovery", "lifecycle.device_claims", "lifecycle.apply_plan", "core",
 )  # fmt: skip
 SMALLEST = "machine.request"  # the module with the fewest mutants, some fifteen

@@ -25,7 +25,8 @@ MODULES = (
     "planning.infeasibility", "planning.planning_context", "planning.planner", "planning.make_room",
     "planning.deadlock", "planning.relocation", "planning.failed_loads", "planning.automatic_options",
     "planning.thread_allocation", "state.runner_match", "state.model_record", "state.core_state",
-    "state.request_queue", "sizing.footprint", "sizing.load_history", "lifecycle.requests", "lifecycle.runners", "lifecycle.loads", "lifecycle.measurements", "lifecycle.failures",
+    "state.request_queue", "sizing.footprint", "sizing.load_history",
+    "lifecycle.requests", "lifecycle.runners", "lifecycle.loads", "lifecycle.measurements", "lifecycle.failures",
     "lifecycle.memory_recovery", "lifecycle.device_claims", "lifecycle.apply_plan", "core",
 )  # fmt: skip
 SMALLEST = "machine.request"  # the module with the fewest mutants, some fifteen

@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,7 @@ from typing import Any, ClassVar, Self, TypeVar, Unpack
 import httpx2
 
 from scheduler.cluster.node import NodeArguments
-from scheduler.cluster.node_service import LEASE, WITHIN
+from scheduler.cluster.node_service import LEASE, WANTED, WITHIN
 from scheduler.cluster.nodes import Candidate, Node, NodeLost, Nodes
 from scheduler.cluster.relay import parts_of
 from scheduler.cluster.routing import Asked, options_in
@@ -58,8 +59,9 @@ class ClusterLease:
         self.node = node.name
         self.model = str(told["model"])
         self.url = node.endpoint.url + told["path"]
-        self.lost = False  # the runner, or its node, is gone
+        self._lost, self._wanted = Future[None](), Future[None]()
         self._key = str(told["key"])
+        self._heard = b""
         self._release = release
         self._released = False
 
@@ -67,6 +69,24 @@ class ClusterLease:
     def api_key(self) -> str:
         """The key of this lease, which ends with it."""
         return self._key
+
+    @property
+    def lost(self) -> bool:
+        """Whether the runner, or its node, is gone."""
+        return self._lost.done()
+
+    @property
+    def wanted(self) -> bool:
+        """Whether other requests have waited for the runner's memory: a long holder does well to release its lease."""
+        return self._wanted.done()
+
+    def on_lost(self, callback: Callable[[], object]) -> None:
+        """Have `callback` called from another thread, once, when the runner or its node is gone; at once if it is."""
+        self._lost.add_done_callback(lambda _: _in_a_thread(callback))
+
+    def on_wanted(self, callback: Callable[[], object]) -> None:
+        """Have `callback` called from another thread, once, when other requests wait for the runner's memory."""
+        self._wanted.add_done_callback(lambda _: _in_a_thread(callback))
 
     @cached_property
     def client(self) -> RunnerClient:
@@ -76,6 +96,11 @@ class ClusterLease:
         if self.lost:
             raise RunnerCrashed(self.model, 0, f"it was lost with its node {self.node}, or has ended there")
         return RunnerClient(self.url, self._key)
+
+    def _hear(self, part: bytes) -> None:
+        self._heard += part
+        if WANTED in self._heard and not self.wanted:
+            self._wanted.set_result(None)
 
     def release(self) -> None:
         """Release the lease; a second call is harmless. Answers under way go on to their end."""
@@ -213,17 +238,19 @@ class Cluster:
                     granted.set_result(await _refusal(body["model"], response))
                     return
                 parts = parts_of(response)
-                lease = ClusterLease(node, json.loads(await _line(parts)), self._releasing(asyncio.current_task()))
+                told, more = await _first_line(parts)
+                lease = ClusterLease(node, json.loads(told), self._releasing(asyncio.current_task()))
                 granted.set_result(lease)
-                async for _ in parts:  # the node ends the answer when the runner is gone
-                    continue
+                lease._hear(more)
+                async for part in parts:  # the node ends the answer when the runner is gone
+                    lease._hear(part)
         except NodeLost:
             pass
         finally:
             if sent is not None:
                 router.ended(sent)
-            if lease is not None:
-                lease.lost = True
+            if lease is not None and not lease._released:
+                lease._lost.set_result(None)
             if not granted.done():
                 granted.set_result(None)
 
@@ -237,11 +264,17 @@ class Cluster:
         return release
 
 
-async def _line(parts: AsyncIterator[bytes]) -> bytes:
-    line = b""
-    while not line.endswith(b"\n"):
-        line += await anext(parts)
-    return line
+def _in_a_thread(callback: Callable[[], object]) -> None:
+    threading.Thread(target=callback, name="loadmaster-lease", daemon=True).start()
+
+
+async def _first_line(parts: AsyncIterator[bytes]) -> tuple[bytes, bytes]:
+    """Return the first line, and what came with it."""
+    heard = b""
+    while b"\n" not in heard:
+        heard += await anext(parts)
+    line, _, more = heard.partition(b"\n")
+    return line, more
 
 
 async def _refusal(model: str, response: httpx2.Response) -> NotGranted:

@@ -39,6 +39,7 @@ from scheduler.models.model_spec import ModelSpec
 WITHIN = "x-loadmaster-within"  # seconds: a request that would wait for longer is to be asked of another node
 WATCH = "/loadmaster/node/watch"
 LEASE = "/loadmaster/node/lease"
+WANTED = b'{"wanted":true}\n'  # a line to the holder of a lease: others wait for its runner's memory
 DRAIN = "/loadmaster/node/drain"
 _HELD = "/loadmaster/held/"  # then the id of a lease, then a path of the runner's own server
 _LOOK_S = 0.25  # between two digests
@@ -166,16 +167,18 @@ async def _lease(service: Service, exchange: Exchange) -> None:
 
 
 async def _hold(service: NodeService, exchange: Exchange, call: Call) -> None:
-    loop, gone = asyncio.get_running_loop(), asyncio.Event()
+    loop, news = asyncio.get_running_loop(), asyncio.Queue[bytes | None]()
     async with service.lease(exchange, call, PROTOCOL) as (spec, lease):
-        lease.on_lost(lambda: loop.call_soon_threadsafe(gone.set))
+        lease.on_wanted(lambda: loop.call_soon_threadsafe(news.put_nowait, WANTED))
+        lease.on_lost(lambda: loop.call_soon_threadsafe(news.put_nowait, None))
         id, key = secrets.token_hex(8), secrets.token_urlsafe(32)
         service.held[id] = Held(lease, key)
         try:
             told = {"model": spec.name, "path": _HELD + id, "key": key, "runner": lease.runner}
             await exchange.begin(200, _LINES)
             await exchange.write(as_json(told) + b"\n")
-            await gone.wait()
+            while (line := await news.get()) is not None:
+                await exchange.write(line)
             await exchange.end()
         finally:
             del service.held[id]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx2
@@ -79,6 +81,22 @@ def test_the_lease_of_a_process_that_dies_is_given_back_within_seconds(cluster: 
         assert leases(front) == 1
         process.kill()
         assert_soon(lambda: leases(front) == 0, 5)
+
+
+def test_a_lease_tells_that_its_memory_is_wanted(program: Cluster, front: Front) -> None:
+    front.post("/loadmaster/expire", {"model": "deep/er"})
+    assert_soon(lambda: "deep/er" not in {one["model"] for one in front.get("/status").json()["runners"]})
+    with program.acquire("deep/er", num_ctx=128) as lease, ThreadPoolExecutor(1) as other:
+        wanted, lost = threading.Event(), threading.Event()
+        lease.on_wanted(wanted.set)
+        lease.on_lost(lost.set)
+        assert not lease.wanted
+        more_context = {"model": "deep/er", "node": lease.node}
+        load = other.submit(front.post, "/loadmaster/load", more_context)
+        assert wanted.wait(LIMIT_S) and lease.wanted
+        lease.release()
+        assert load.result().status_code == 200
+        assert not lost.is_set() and not lease.lost, "it was given back"
 
 
 def test_a_lease_is_lost_with_its_node(program: Cluster, cluster: Machines, front: Front, extra: Machine) -> None:

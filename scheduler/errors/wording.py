@@ -117,10 +117,10 @@ INFEASIBLE: Mapping[Infeasible, str] = MappingProxyType(
 )
 UNSUPPORTED: Mapping[UnsupportedReason, str] = MappingProxyType(
     {
-        UnsupportedReason.too_many_slots: f"llama.cpp has at most {MOST_SLOTS} slots",
-        UnsupportedReason.too_many_threads: f"llama.cpp has at most {MOST_THREADS} threads",
+        UnsupportedReason.too_many_slots: f"a runner has at most {MOST_SLOTS} slots",
+        UnsupportedReason.too_many_threads: f"a runner has at most {MOST_THREADS} threads",
         UnsupportedReason.partial_blocks: "the model's heads are no whole blocks of the type",
-        UnsupportedReason.needs_flash_attention: "without flash attention llama.cpp cannot quantise values",
+        UnsupportedReason.needs_flash_attention: "values can be quantised only with flash attention",
         UnsupportedReason.no_such_gpu: "there is no such GPU now; the status shows those that there are",
         UnsupportedReason.needs_all_layers: "all layers are required on GPUs: name no fewer, or leave it out",
     }

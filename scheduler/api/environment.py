@@ -117,7 +117,7 @@ class Environment:
         llama = llama_engine(settings, self._sees_gpus, prompts, prestart=settings.prestart)
         if self._devices is not None:
             self._devices.count_as_free(llama.spare_bytes)
-        return llama, PythonEngine()
+        return llama, PythonEngine(log_file=settings.engine_log)
 
     def engine_of(self, settings: Settings, model: ModelSpec | EngineModel) -> Engine:
         """Return the engine that a model names: a `llama-server` by its path, or another engine by its name."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 import warnings
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, cast, overload
@@ -16,6 +17,7 @@ from scheduler.config.quantities import parse_duration, wait_limit
 from scheduler.engines.answer import Answer
 from scheduler.engines.answer_requests import Messages
 from scheduler.engines.interface import Endpoint, with_scales
+from scheduler.engines.object_calls import ObjectCalls, ObjectProxy
 from scheduler.engines.python import Value
 from scheduler.errors.exceptions import InvalidSettings, LeaseReleased, RunnerCrashed, UnsupportedOption
 from scheduler.errors.formatting import printable
@@ -115,10 +117,16 @@ class Lease(NonCopyable, Generic[Value]):
 
     @property
     def value(self) -> Value:
-        """The object itself, where the model is one (`PythonModel`); every other lease on it has the same object."""
+        """The object itself, where the model is one (`PythonModel`); every other lease on it has the same object.
+
+        Of an object in a process of its own, what calls its methods there.
+        """
         self._check()
         assert self._pending.runner is not None, "a lease is granted with a runner"
-        return cast(Value, self._pending.runner.value)
+        found = self._pending.runner.value
+        if isinstance(found, ObjectCalls):
+            return cast(Value, ObjectProxy(functools.partial(self._called, found)))
+        return cast(Value, found)
 
     @property
     def lost(self) -> bool:
@@ -483,6 +491,16 @@ class Lease(NonCopyable, Generic[Value]):
             yield client
         except ConnectionError as error:
             raise await asyncio.to_thread(self._crashed, error) from None
+        finally:
+            self._end_use()
+
+    def _called(self, calls: ObjectCalls, name: str, arguments: Sequence[Any], named: Mapping[str, Any]) -> Any:
+        """Call an object in a process of its own, and hold the lease for that, also past its release."""
+        self._begin_use()
+        try:
+            return calls.call(name, arguments, named)
+        except ConnectionError as error:
+            raise self._crashed(error) from None
         finally:
             self._end_use()
 

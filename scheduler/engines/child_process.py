@@ -19,6 +19,7 @@ class Program:
     arguments: tuple[str, ...]
     environment: Mapping[str, str] = field(repr=False)
     input: bytes = field(default=b"", repr=False)  # written to standard input, which stays open after that; some KiB
+    passed: tuple[int, ...] = ()  # descriptors that it has too, under the same numbers
 
 
 @dataclass(frozen=True, slots=True)

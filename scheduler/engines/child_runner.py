@@ -191,6 +191,39 @@ class ChildRunner:
         return worked_s
 
 
+class TreeRunner(ChildRunner):
+    """A runner whose process may start others: all of them are its memory and its work, and end with it."""
+
+    def __init__(self, report: RunnerListener, *, log: RunnerLog | None = None) -> None:
+        super().__init__(report, log=log)
+        self._family: list[psutil.Process] = []  # as they were last looked at, the child first
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Its processes, as they were last looked at."""
+        return tuple(process.pid for process in self._family)
+
+    def stop(self, grace_s: float) -> None:
+        """Terminate the child, and kill it after `grace_s` seconds; what it has started ends with it."""
+        self._processes()  # so that what has left its group is known when it ends
+        super().stop(grace_s)
+
+    def ended(self, exit: Exit) -> None:
+        """Kill what has left the child's group, and report how the child ended."""
+        for process in self._family[1:]:
+            with suppress(psutil.Error, OSError):
+                process.kill()  # only if it is still the same process
+        super().ended(exit)
+
+    def _processes(self) -> list[psutil.Process]:
+        found: list[psutil.Process] = []
+        if self.pid is not None and not self._gone:
+            with suppress(psutil.Error, OSError):
+                child = psutil.Process(self.pid)
+                found = self._family = [child, *child.children(recursive=True)]
+        return found
+
+
 def get(url: str, path: str, timeout_s: float | None, key: str = "") -> int:
     """Return the status of a server's answer; raises OSError or HTTPException where there is none."""
     address = urlsplit(url)

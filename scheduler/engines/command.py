@@ -25,8 +25,8 @@ from fsm.domain.devices import HOST, DeviceId, Placement
 from fsm.domain.options import Options
 from fsm.sizing.footprint import Footprint
 from fsm.sizing.model_profile import EngineSettings, ModelProfile, Resolution, ResolvedLoad
-from scheduler.engines.child_process import Child, Exit, Program
-from scheduler.engines.child_runner import ChildRunner, get, kept_environment
+from scheduler.engines.child_process import Child, Program
+from scheduler.engines.child_runner import TreeRunner, get, kept_environment
 from scheduler.engines.command_model import ANY_GPU, CommandModel, filled
 from scheduler.engines.engine_log import EngineLog
 from scheduler.engines.interface import Endpoint, Engine, Memory
@@ -50,7 +50,7 @@ _PAUSES_S: Final = (0.05, 0.5)  # between two probes of it: at first, and at mos
 _LOCAL: Final = ("127.0.0.1", "::1")
 
 
-class CommandProcess(ChildRunner):
+class CommandProcess(TreeRunner):
     """The handle of one runner: a guard, the program, and all that it started."""
 
     def __init__(
@@ -62,13 +62,7 @@ class CommandProcess(ChildRunner):
         self._url = f"http://127.0.0.1:{port}"
         self._port = port
         self._addresses: set[str] = set()  # that it listens at, as far as is known
-        self._family: list[psutil.Process] = []  # as they were last looked at, the guard first
         self._waiter = threading.Thread(target=self._await, name=f"loadmaster-command-{model.name}", daemon=True)
-
-    @property
-    def pids(self) -> tuple[int, ...]:
-        """The processes that the program and its guard are, as they were last looked at."""
-        return tuple(process.pid for process in self._family)
 
     def begin(self) -> None:
         """Have the program awaited, once it is started; raises RuntimeError if the system allows no more threads."""
@@ -81,7 +75,6 @@ class CommandProcess(ChildRunner):
 
     def stop(self, grace_s: float) -> None:
         """End the program, and kill it after `grace_s` seconds; a command that stops it has more time."""
-        self._processes()  # so that what has left the guard's group is known when the guard is killed
         super().stop(max(grace_s, STOP_COMMAND_S) if self.model.runs_elsewhere else grace_s)
 
     def wait(self, timeout_s: float) -> None:
@@ -98,13 +91,6 @@ class CommandProcess(ChildRunner):
         """Take in why the program cannot be run."""
         with suppress(ValueError, TypeError, LookupError):
             self._failure = str(json.loads(line)["reason"])
-
-    def ended(self, exit: Exit) -> None:
-        """Kill what has left the group, and report how the program ended."""
-        for process in self._family[1:]:
-            with suppress(psutil.Error, OSError):
-                process.kill()  # only if it is still the same process
-        super().ended(exit)
 
     def _await(self) -> None:
         """Report the program as loaded once it serves; each load has a thread that does this."""
@@ -157,14 +143,6 @@ class CommandProcess(ChildRunner):
         found_it = unseen or bool(self._addresses)
         self._failure = "" if found_it else f"it cannot serve: another program listens at port {self._port}"
         return found_it
-
-    def _processes(self) -> list[psutil.Process]:
-        found: list[psutil.Process] = []
-        if self.pid is not None and not self._gone:
-            with suppress(psutil.Error, OSError):
-                guard = psutil.Process(self.pid)
-                found = self._family = [guard, *guard.children(recursive=True)]
-        return found
 
     def _tellable(self, output: str) -> str:
         return "" if self._serves else output.replace(self._key or "\0", "(key)")  # it may quote requests

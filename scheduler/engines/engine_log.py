@@ -36,8 +36,8 @@ class EngineLog:
         self._waiting_bytes = 0  # roughly: two threads change it
         self._left_out = 0  # lines since the last one that was taken
 
-    def of_runner(self, model: str, key: str) -> RunnerLog:
-        """Return the log of one runner; the key of its server is never written."""
+    def of_runner(self, model: str, key: str = "") -> RunnerLog:
+        """Return the log of one runner; the key of its server, where it has one, is never written."""
         return RunnerLog(self, model, key)
 
     def add(self, lines: list[str]) -> None:
@@ -115,5 +115,6 @@ class RunnerLog:
             self.write(pid, b"\n")
 
     def _line(self, pid: int | None, line: bytes) -> str:
-        text = line.decode(errors="replace").rstrip("\r").replace(self._key, "(key)")
+        text = line.decode(errors="replace").rstrip("\r")
+        text = text.replace(self._key, "(key)") if self._key else text
         return f"{self._model}[{pid}]: {printable(text)}"

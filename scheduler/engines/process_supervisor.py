@@ -355,8 +355,9 @@ def _start(child: Child, watcher: ChildSupervisor) -> Callable[[], None]:
     program, pipe = child.program, subprocess.PIPE
     try:  # a new session is a group of its own, and gets no Ctrl-C from the terminal
         process = subprocess.Popen(
-            program.arguments, 0, None, pipe, pipe, pipe, env=program.environment, start_new_session=True
-        )
+            program.arguments, 0, None, pipe, pipe, pipe, env=program.environment, start_new_session=True,
+            pass_fds=program.passed,
+        )  # fmt: skip
     except Exception as error:  # a file that is missing, no memory for a process, an argument with a zero byte
         return functools.partial(watcher.finish, child, Exit(None, f"could not be started: {error}"))
     child.pid = process.pid

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
+import pickle
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal
 
 from fsm.domain.devices import DeviceId
@@ -24,7 +28,8 @@ from scheduler.models.model_spec import check_limit, check_name, check_switch
 
 if TYPE_CHECKING:
     from fsm.domain.devices import Placement
-    from scheduler.engines.interface import RunnerListener
+    from scheduler.engines.interface import Process, RunnerListener
+    from scheduler.engines.object_process import ObjectEngine
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVar  # type checkers know it; only its default needs it
@@ -63,6 +68,7 @@ class PythonModel(Generic[Value]):
     pin: bool = False  # never evicted for other models
     priority: int = 0  # a request group of higher priority goes first
     max_leases: int | Literal["slots"] | None = None  # at once; 0: no limit; None: the setting
+    process: bool = False  # whether it lives in a process of its own, which `load` and `unload` are pickled for
     # numbers the objects that have had this name with another `load`; set by the scheduler
     life: int = field(default=1, init=False, repr=False, compare=False)
 
@@ -73,6 +79,9 @@ class PythonModel(Generic[Value]):
         for name, call in (("load", self.load), ("unload", self.unload)):
             if not callable(call) and (name, call) != ("unload", None):
                 raise InvalidSettings(name, call, "callable")
+        check_switch("process", self.process)
+        if self.process:
+            _check_pickles(self)
         if not isinstance(self.memory, Mapping) or not all(isinstance(device, str) for device in self.memory):
             raise InvalidSettings("memory", self.memory, 'sizes by device, like {"cpu": "200MiB"}')
         parsed = {device: parse_bytes(size, name=f"memory[{device!r}]") for device, size in self.memory.items()}
@@ -85,6 +94,17 @@ class PythonModel(Generic[Value]):
     def id(self) -> ModelId:
         """The model's identity."""
         return ModelId(f"python:{self.name}" if self.life == 1 else f"python@{self.life}:{self.name}")
+
+    @property
+    def calls(self) -> tuple[Callable[..., object], ...]:
+        """The functions that load and unload it, without the arguments that are bound to them."""
+        found: list[Callable[..., object]] = []
+        call: Any
+        for call in filter(None, (self.load, self.unload)):
+            while isinstance(call, functools.partial):
+                call = call.func
+            found.append(call)
+        return tuple(found)
 
     @property
     def declared(self) -> tuple[tuple[DeviceId, int], ...]:
@@ -177,10 +197,18 @@ class PythonProcess:
 class PythonEngine(Engine):
     """Runs `PythonModel`s; each object has a daemon thread of its own, so that one object may hang."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards `_processes` and `_closed`
+    def __init__(self, *, log_file: Path | None = None) -> None:
+        self._log_file = log_file  # of what objects in processes of their own write
+        self._elsewhere: ObjectEngine | None = None  # runs these; made for the first of them
+        self._lock = threading.Lock()  # guards `_processes`, `_elsewhere` and `_closed`
         self._processes: set[PythonProcess] = set()  # the objects whose threads run
         self._closed = False
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Why the log of objects in processes of their own is not kept."""
+        engine_log = self._elsewhere.log if self._elsewhere is not None else None
+        return (engine_log.problem,) if engine_log is not None and engine_log.problem else ()
 
     def inspect(self, model: PythonModel, asked: Sequence[Options]) -> Footprint:
         """Return the bytes that were declared."""
@@ -193,11 +221,13 @@ class PythonEngine(Engine):
         settings: EngineSettings,
         placement: Placement,
         report: RunnerListener,
-    ) -> PythonProcess:
+    ) -> Process:
         """Start to load an object.
 
         Options, settings and placement change nothing. Raises RuntimeError once the engine is closed.
         """
+        if model.process:
+            return self._of_processes().launch(model, report)
         process = PythonProcess(model, report, self._forget)
         with self._lock:
             if self._closed:
@@ -214,6 +244,7 @@ class PythonEngine(Engine):
         """Unload every object; a load or unload that does not return within `timeout_s` seconds is left running."""
         with self._lock:
             self._closed = True
+            elsewhere = self._elsewhere
             left = sorted(self._processes, key=lambda process: process.model.name)
         for process in left:
             process.stop(0.0)
@@ -221,10 +252,39 @@ class PythonEngine(Engine):
         for process in left:
             if not process.join(max(0.0, end - time.monotonic())):
                 log.warning("load() or unload() of %r did not return in time", process.model.name)
+        if elsewhere is not None:
+            elsewhere.close(timeout_s)
+
+    def _of_processes(self) -> ObjectEngine:
+        from scheduler.engines.object_process import ObjectEngine  # most programs have no such objects
+
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("closed: no more objects are loaded")
+            if self._elsewhere is None:
+                self._elsewhere = ObjectEngine(self._log_file)
+            return self._elsewhere
 
     def _forget(self, process: PythonProcess) -> None:
         with self._lock:
             self._processes.discard(process)
+
+
+def _check_pickles(model: PythonModel) -> None:
+    """Raise `InvalidSettings` where a process of its own could not find what loads and unloads an object."""
+    allowed = (
+        "a function of a module, or a functools.partial of one, for an object in a process of its own: "
+        "no lambda, and no function that is defined inside another"
+    )
+    for name, call in (("load", model.load), ("unload", model.unload)):
+        try:
+            pickle.dumps(call)
+        except Exception as error:  # whatever an argument raises that is bound to it
+            raise InvalidSettings(name, call, f"{allowed} ({error})") from None
+    main = sys.modules["__main__"]
+    of_main = any(getattr(call, "__module__", None) == "__main__" for call in model.calls)
+    if of_main and main.__spec__ is None and not os.path.isfile(str(getattr(main, "__file__", None))):
+        raise InvalidSettings("load", model.load, f"{allowed}, and in a file: not in a notebook or a console")
 
 
 def _in_words(error: BaseException) -> str:

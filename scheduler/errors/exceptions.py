@@ -416,6 +416,22 @@ class EngineError(SchedulerError):
         return f"the engine answered with status {self.status_code}: {self.message}"
 
 
+@dataclass(eq=False)
+class ObjectError(SchedulerError):
+    """An object in a process of its own raised an exception, in a call or in its load; it goes on serving after a call.
+
+    `kind` is the name of the exception's class, `message` its words, `trace` the traceback as text.
+    """
+
+    model: str
+    kind: str
+    message: str
+    trace: str = field(default="", repr=False)
+
+    def _words(self) -> str:
+        return f"{self.model!r} raised {self.kind}: {self.message}"
+
+
 __all__ = [
     "AcquireTimeout",
     "AnswerTimeout",
@@ -429,6 +445,7 @@ __all__ = [
     "LoadFailed",
     "LoadTimeout",
     "ModelNotFound",
+    "ObjectError",
     "QueueFull",
     "RequestCancelled",
     "RunnerCrashed",

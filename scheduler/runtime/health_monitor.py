@@ -56,7 +56,8 @@ class HealthMonitor:
     def _look_round(self, *, due: bool) -> None:
         """Poll each runner; not in the loop above, which would keep the last runner alive until there is another."""
         for handle in list(self._executor.runner_handles.values()):
-            if handle.endpoint is None or handle.over:
+            in_this_process = handle.process is None or handle.process.pid is None
+            if handle.over or not handle.serves or (handle.endpoint is None and in_this_process):
                 continue
             if due:
                 self._executor.probe(handle)

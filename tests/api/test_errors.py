@@ -21,6 +21,7 @@ from scheduler.errors.exceptions import (
     LoadFailed,
     LoadTimeout,
     ModelNotFound,
+    ObjectError,
     QueueFull,
     RequestCancelled,
     RunnerCrashed,
@@ -65,6 +66,7 @@ EXAMPLES: list[tuple[SchedulerError, int, tuple[str, ...]]] = [
     (EngineMissing("llama", "pip install 'loadmaster[llama]'"), 500, ("llama", "pip install")),
     (EngineUnusable("/bin/llama-server", "it is too old"), 500, ("/bin/llama-server", "cannot be used", "too old")),
     (EngineError(500, "slot unavailable"), 500, ("500", "slot unavailable")),
+    (ObjectError("m", "KeyError", "'part'"), 500, ("KeyError", "'part'")),
 ]
 each_example = pytest.mark.parametrize(
     ("error", "status", "words"), EXAMPLES, ids=[type(error).__name__ for error, _, _ in EXAMPLES]

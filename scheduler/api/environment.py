@@ -14,6 +14,7 @@ from scheduler.concurrency.clock import Clock, monotonic_clock
 from scheduler.concurrency.thread_pool import ThreadPool
 from scheduler.config.settings import Settings
 from scheduler.devices.device_reader import DeviceReader
+from scheduler.devices.gpus import Gpu
 from scheduler.engines.command_model import CommandModel
 from scheduler.engines.engine_model import EngineModel
 from scheduler.engines.interface import Engine
@@ -30,36 +31,39 @@ from scheduler.runtime.driver import Driver
 
 def llama_engine(
     settings: Settings,
-    sees_gpus: Callable[[], bool] = lambda: False,
+    gpus: Callable[[], Sequence[Gpu]] = tuple,
     prompts: PromptStore | None = None,
     *,
     prestart: bool = False,
 ) -> LlamaEngine:
     """Return the engine of model files, with the settings for the options that requests leave open.
 
-    Where `sees_gpus`, the engine is asked which GPUs it can use. Where there are `prompts`, they keep those of runners.
+    Where there are `gpus`, the engine is asked which it can use. Where there are `prompts`, they keep those of runners.
     """
     if settings.llama_server is not None:
-        return server_engine(settings, settings.llama_server, sees_gpus)
+        return server_engine(settings, settings.llama_server, gpus, lists=True)
     return LlamaEngine(
         _defaults(settings),
         larger_contexts=settings.auto_context_from_vram,
-        sees_gpus=sees_gpus,
+        gpus=gpus,
         log_file=settings.engine_log,
         prompts=prompts,
         prestart=prestart,
     )
 
 
-def server_engine(settings: Settings, path: Path, sees_gpus: Callable[[], bool] = lambda: False) -> LlamaEngine:
-    """Return the engine of model files that a `llama-server` serves."""
+def server_engine(
+    settings: Settings, path: Path, gpus: Callable[[], Sequence[Gpu]] = tuple, *, lists: bool = False
+) -> LlamaEngine:
+    """Return the engine of model files that a `llama-server` serves; where it `lists`, the GPUs have its names."""
     from scheduler.engines.llama_server import LlamaServerEngine  # most programs have the wheel serve them
 
     return LlamaServerEngine(
         path,
         _defaults(settings),
         larger_contexts=settings.auto_context_from_vram,
-        sees_gpus=sees_gpus,
+        gpus=gpus,
+        lists=lists,
         log_file=settings.engine_log,
         keeps_prompts=settings.keep_prompts is not None,
     )
@@ -91,6 +95,7 @@ def device_reader(settings: Settings, *, gpus: bool = True) -> DeviceReader:
     return DeviceReader(
         memory_limit_bytes=settings.memory_limit,
         gpus=settings.gpus and gpus,
+        integrated_gpus=settings.integrated_gpus,
         gpu_reserve_bytes=settings.gpu_reserve,
         gpu_limit_bytes=settings.gpu_limit,
     )
@@ -114,9 +119,11 @@ class Environment:
         """Return the engine of model files and the engine of Python objects."""
         kept = settings.keep_prompts if settings.llama_server is None else None
         prompts = None if kept is None else PromptStore(kept.path, kept.limit_bytes)
-        llama = llama_engine(settings, self._sees_gpus, prompts, prestart=settings.prestart)
+        llama = llama_engine(settings, self._gpus, prompts, prestart=settings.prestart)
         if self._devices is not None:
             self._devices.count_as_free(llama.spare_bytes)
+            if llama.gpu_list is not None:
+                self._devices.list_by(llama.gpu_list)
         return llama, PythonEngine(log_file=settings.engine_log)
 
     def engine_of(self, settings: Settings, model: ModelSpec | EngineModel) -> Engine:
@@ -126,11 +133,11 @@ class Environment:
 
             return CommandEngine(log_file=settings.engine_log)
         if isinstance(model, ModelSpec):
-            return server_engine(settings, Path(model.llama_server), self._sees_gpus)
+            return server_engine(settings, Path(model.llama_server), self._gpus)
         return other_engine(settings, model)
 
-    def _sees_gpus(self) -> bool:
-        return self._devices is not None and self._devices.sees_gpus()
+    def _gpus(self) -> Sequence[Gpu]:
+        return self._devices.gpus() if self._devices is not None else ()
 
     def resolvers(self, settings: Settings) -> Sequence[Resolver]:
         """Return the places where models are found by name."""

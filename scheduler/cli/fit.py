@@ -22,7 +22,7 @@ from scheduler.cli.output import SafeConsole, print_json
 from scheduler.concurrency.clock import monotonic_clock
 from scheduler.config.settings import Settings
 from scheduler.config.value_parsers import memory
-from scheduler.devices.device_reader import of_gpu
+from scheduler.devices.device_reader import DeviceReader, of_gpu
 from scheduler.engines.interface import version_of
 from scheduler.engines.python import PythonEngine
 from scheduler.errors.exceptions import InvalidSettings
@@ -43,8 +43,12 @@ def run_fit(chosen: argparse.Namespace) -> int:
     settings = Settings.from_environment()
     if chosen.memory_limit is not None:
         settings = settings.changed(memory_limit=memory("--memory-limit", chosen.memory_limit))
-    samples, problems = _devices(settings, chosen.host, chosen.gpu)
-    engines = (llama_engine(settings), PythonEngine())
+    devices = device_reader(settings, gpus=not chosen.gpu)
+    llama = llama_engine(settings, devices.gpus)
+    if llama.gpu_list is not None:
+        devices.list_by(llama.gpu_list)
+    samples = _samples(devices, settings, chosen.host, chosen.gpu)
+    engines = (llama, PythonEngine())
     registry = ModelRegistry(*engines, partial(Environment().engine_of, settings))
     parser = RequestParser(Catalog(default_resolvers(settings.models)), registry.require, pin=lambda model: None)
     spec, question = parser.parse(chosen.model, _asking(chosen))
@@ -59,7 +63,7 @@ def run_fit(chosen: argparse.Namespace) -> int:
     finally:
         for engine in registry.end():
             engine.close(_CLOSE_TIMEOUT_S)
-    problems = (*problems, *registry.problems)
+    problems = (*devices.problems, *registry.problems)
     if chosen.json:
         print_json(fit.to_json() | {"problems": problems})
     else:
@@ -86,11 +90,10 @@ def _asking(chosen: argparse.Namespace) -> AcquireOptions:
     return cast(AcquireOptions, {name: value for name, value in named.items() if value is not None})
 
 
-def _devices(
-    settings: Settings, host: str | None, gpus: Sequence[str]
-) -> tuple[tuple[DeviceSample, ...], tuple[str, ...]]:
-    """Return the devices, as read or as imagined, and what could not be read of them, in sentences."""
-    devices = device_reader(settings, gpus=not gpus)
+def _samples(
+    devices: DeviceReader, settings: Settings, host: str | None, gpus: Sequence[str]
+) -> tuple[DeviceSample, ...]:
+    """Return the devices, as read or as imagined."""
     samples = list(devices.sample())
     devices.close()
     if host is not None:
@@ -103,7 +106,7 @@ def _devices(
         size = max(0, memory("--gpu", rest) - (of_gpu(settings.gpu_reserve, name) or 0))
         size = min(size, of_gpu(settings.gpu_limit or (), name) or size)
         samples.append(DeviceSample(DeviceId(name), "gpu", name, size, size))
-    return tuple(samples), devices.problems
+    return tuple(samples)
 
 
 def _print(fit: Fit, problems: Sequence[str], num_ctx: int | None) -> None:

@@ -63,9 +63,13 @@ def run_models(settings: Settings, folders: Sequence[Path], *, as_json: bool) ->
         if not folder.is_dir():
             raise InvalidSettings("FOLDER", str(folder), "a folder; `loadmaster fit` takes a file or a name")
     catalog = Catalog([Folder(folder.absolute()) for folder in folders] or default_resolvers(settings.models))
-    core, engine = _core_of(settings), llama_engine(settings)
-    with progress_on(SafeConsole(stderr=True)) as progress:
-        rows = list(read_rows(catalog, core, engine, progress))
+    engine = llama_engine(settings)
+    try:
+        core = _core_of(settings, engine)
+        with progress_on(SafeConsole(stderr=True)) as progress:
+            rows = list(read_rows(catalog, core, engine, progress))
+    finally:
+        engine.close()
     if as_json:
         print_json([asdict(row) for row in rows])
     elif rows:
@@ -96,9 +100,11 @@ def read_rows(catalog: Catalog, core: Core, engine: LlamaEngine, progress: Progr
     yield from (Row("", place, problem=why) for place, why in unlisted.items())
 
 
-def _core_of(settings: Settings) -> Core:
+def _core_of(settings: Settings, engine: LlamaEngine) -> Core:
     """Return a core that has the devices as they are, and no runners."""
     devices = device_reader(settings)
+    if engine.gpu_list is not None:
+        devices.list_by(engine.gpu_list)
     core = Core(limits_of(settings), settings.eviction)
     core.step(monotonic_clock(), Sampled(devices.sample()))
     devices.close()

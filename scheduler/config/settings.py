@@ -76,6 +76,7 @@ class SettingsArguments(ChangeableArguments, total=False):
     eviction: str | EvictionPolicy
     cpu_threads: int | None
     gpus: bool
+    integrated_gpus: bool
     probe_interval: str | float
     probe_timeout: str | float
     event_buffer: int
@@ -126,6 +127,7 @@ class Settings:
     eviction: EvictionPolicy
     cpu_threads: int | None
     gpus: bool
+    integrated_gpus: bool
     probe_interval: float
     probe_timeout: float
     event_buffer: int
@@ -327,6 +329,11 @@ SETTINGS = (
         "cpu_threads", None, optional(count(1, MOST_THREADS)), "threads of each runner; none: its part of the cores"
     ),
     Setting("gpus", True, flag, "whether GPUs are used"),
+    Setting(
+        "integrated_gpus", False, flag,
+        "whether GPUs within processors are used through any library, and not through CUDA, ROCm and Metal alone",
+        "OLLAMA_IGPU_ENABLE",
+    ),
     Setting("probe_interval", "10s", duration(zero=False), "how often a runner is asked whether it still answers"),
     Setting("probe_timeout", "10s", duration(zero=False), "how long it may take to answer"),
     Setting("event_buffer", 1000, count(1), "events kept for each slow reader before the oldest are dropped"),

@@ -1,18 +1,19 @@
-"""Reads the machine's memory and cores: the host's through psutil and control groups, GPUs' through their driver."""
+"""Reads the machine's memory and cores: through psutil and control groups, GPUs through drivers and engines."""
 
 from __future__ import annotations
 
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import psutil
 
 from fsm.domain.devices import HOST, DeviceId, DeviceSample
 from scheduler.devices.cgroups import cgroup_memory
 from scheduler.devices.cpu_cores import usable_cores
-from scheduler.devices.nvml import Gpu, Nvml, Reading
+from scheduler.devices.gpu_sources import EngineList, GpuSources
+from scheduler.devices.gpus import Gpu, Reading
 
 FIRST_ANSWER_S = 8.0  # how long the first reading waits for the driver's answer: the driver may have to wake the GPUs
 ANSWER_S = 1.5  # how long any other reading waits
@@ -47,6 +48,7 @@ class DeviceReader:
         *,
         memory_limit_bytes: int | None = None,
         gpus: bool = True,
+        integrated_gpus: bool = False,
         gpu_reserve_bytes: GpuBytes = (),
         gpu_limit_bytes: GpuBytes | None = None,
         environment: Mapping[str, str] = os.environ,
@@ -57,7 +59,7 @@ class DeviceReader:
         self._gpu_limit_bytes = gpu_limit_bytes or ()
         self._clock = clock
         self._given_up_bytes: Callable[[], int] = lambda: 0
-        self._driver = Nvml(environment, clock) if gpus else None
+        self._driver = GpuSources(environment, clock, integrated=integrated_gpus) if gpus else None
         self._lock = threading.Lock()  # held during a reading; the driver's thread never takes it
         self._asking: threading.Thread | None = None  # the last thread that called the driver
         self._asked_at = 0.0  # when that call began
@@ -83,9 +85,19 @@ class DeviceReader:
             reading = self._reading if self._trusted() else None
             return (host, *(self._sample_gpu(gpu, host) for gpu in (reading.gpus if reading is not None else ())))
 
-    def sees_gpus(self) -> bool:
-        """Tell whether the last sample had GPUs; nothing is read for it."""
-        return self._reading is not None and bool(self._reading.gpus)
+    def gpus(self) -> Sequence[Gpu]:
+        """Return the GPUs of the last sample; nothing is read for it."""
+        return self._reading.gpus if self._reading is not None else ()
+
+    def list_by(self, engine: EngineList) -> None:
+        """Have an engine list GPUs too: those that no driver tells of, and which of all that it can use."""
+        if self._driver is not None:
+            self._driver.engine = engine
+
+    def want_figures(self) -> None:
+        """Have the next sample ask anew what is not read each time, since it takes a process: an engine's list."""
+        if self._driver is not None and self._driver.engine is not None:
+            self._driver.engine.want()
 
     def gpu_processes(self) -> Mapping[DeviceId, Mapping[int, int]]:
         """Return the bytes that each process held on each visible GPU, by pid, at the last sample.
@@ -174,8 +186,9 @@ class DeviceReader:
         if limits is not None:
             capacity, free = min(capacity, limits.limit_bytes), min(free, limits.free_bytes)
         free = min(capacity, free + self._given_up_bytes())
-        if self._memory_limit_bytes is not None:
-            capacity = min(capacity, self._memory_limit_bytes)
+        reaches = [gpu.reach_bytes for gpu in self.gpus() if gpu.reach_bytes]
+        limits_bytes = [capacity, *reaches, *([] if self._memory_limit_bytes is None else [self._memory_limit_bytes])]
+        capacity = min(limits_bytes)
         return DeviceSample(HOST, "cpu", "host", capacity, free, cores=usable_cores())
 
     def _sample_gpu(self, gpu: Gpu, host: DeviceSample) -> DeviceSample:
@@ -184,14 +197,23 @@ class DeviceReader:
         The free bytes less the reserve may be negative, so that memory being freed can still be told from the reserve.
         """
         if not gpu.capacity_bytes:
-            return DeviceSample(gpu.id, "gpu", gpu.name, host.capacity_bytes, host.free_bytes, integrated=True)
+            return DeviceSample(
+                gpu.id, "gpu", gpu.name, host.capacity_bytes, host.free_bytes, integrated=True, library=gpu.library
+            )
         reserve_bytes = of_gpu(self._gpu_reserve_bytes, gpu.id) or 0
         limit_bytes = of_gpu(self._gpu_limit_bytes, gpu.id)
         capacity_bytes = max(0, gpu.capacity_bytes - reserve_bytes)
         capacity_bytes = capacity_bytes if limit_bytes is None else min(capacity_bytes, limit_bytes)
         free_bytes = gpu.free_bytes - reserve_bytes
         return DeviceSample(
-            gpu.id, "gpu", gpu.name, capacity_bytes, free_bytes, instance=gpu.instance, fresh=self._fresh
+            gpu.id,
+            "gpu",
+            gpu.name,
+            capacity_bytes,
+            free_bytes,
+            instance=gpu.instance,
+            fresh=self._fresh and gpu.fresh,
+            library=gpu.library,
         )
 
 

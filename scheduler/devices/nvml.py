@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fsm.domain.devices import DeviceId
+from scheduler.devices.gpus import CUDA, Gpu, Reading, pci_id
 
 try:
     import pynvml
@@ -27,32 +28,13 @@ _UNIFIED = frozenset({(5, 3), (6, 2), (7, 2), (8, 7), (10, 1), (11, 0), (12, 1)}
 
 
 @dataclass(frozen=True, slots=True)
-class Gpu:
-    """One GPU, or one instance of a divided GPU, as the driver describes it."""
-
-    id: DeviceId
-    name: str
-    capacity_bytes: int  # the most that can be allocated; 0: the GPU shares the host's memory
-    free_bytes: int
-    instance: bool  # of a divided GPU
-    processes: Mapping[int, int] | None  # bytes by pid, where they are known; None: the driver does not report them
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """The result of one reading."""
-
-    gpus: tuple[Gpu, ...] = ()  # the visible ones, in the order that CUDA_VISIBLE_DEVICES gives them
-    problems: tuple[str, ...] = ()  # what could not be read, in sentences
-
-
-@dataclass(frozen=True, slots=True)
 class Board:
     """A GPU as it sits in the machine."""
 
     id: str  # empty: it was lost before its id could be read
     name: str = ""
     instances: tuple[str, ...] | None = None  # of a divided GPU, which cannot be used whole; None: it is not divided
+    pci: str = ""  # where it sits; empty: the driver does not tell
 
 
 def visible_devices(boards: Sequence[Board], chosen: str | None) -> list[str]:
@@ -121,12 +103,14 @@ class Nvml:
         problems: list[str] = []
         gpus: list[Gpu] = []
         handles = self._open_all(problems)
+        places = {id: board.pci for board in self._boards.values() for id in (board.id, *(board.instances or ()))}
         for id in self._visible(handles, problems):
             try:
-                gpus.append(_read_gpu(id, *handles[id], problems))
+                gpus.append(replace(_read_gpu(id, *handles[id], problems), pci=places[id]))
             except Exception as error:  # lost, fallen off the bus, not permitted: the GPU is left out
                 problems.append(f"GPU {id} is left out: {error}")
-        return Reading(tuple(gpus), tuple(problems))
+        covers = {"NVIDIA"} if self._initialised or not self._missing else ()
+        return Reading(tuple(gpus), tuple(problems), frozenset(covers))
 
     def close(self) -> None:
         """Shut the library down; a later `read` is allowed."""
@@ -197,9 +181,10 @@ def _open(index: int, handles: dict[str, tuple[Any, bool]]) -> Board:
     """Add the handle of the GPU at this index to `handles`, or the handles of its instances where it is divided."""
     handle = pynvml.nvmlDeviceGetHandleByIndex(index)
     id, name = pynvml.nvmlDeviceGetUUID(handle), pynvml.nvmlDeviceGetName(handle)
+    pci = _pci(handle)
     if not _is_divided(handle):
         handles[id] = handle, False
-        return Board(id, name)
+        return Board(id, name, pci=pci)
     instances: list[str] = []
     for place in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
         try:
@@ -208,7 +193,15 @@ def _open(index: int, handles: dict[str, tuple[Any, bool]]) -> Board:
             continue
         instances.append(pynvml.nvmlDeviceGetUUID(instance))
         handles[instances[-1]] = instance, True
-    return Board(id, name, tuple(instances))
+    return Board(id, name, tuple(instances), pci)
+
+
+def _pci(handle: Any) -> str:
+    try:
+        told = pynvml.nvmlDeviceGetPciInfo(handle).busId
+    except pynvml.NVMLError:
+        return ""
+    return pci_id(told.decode() if isinstance(told, bytes) else told)
 
 
 def _is_divided(handle: Any) -> bool:
@@ -233,7 +226,10 @@ def _read_gpu(id: str, handle: Any, instance: bool, problems: list[str]) -> Gpu:
         processes = _processes(handle)
     except Exception as error:
         problems.append(f"GPU {id} does not report what each process holds, so the reserved bytes count: {error}")
-    return Gpu(DeviceId(id), name, capacity, free, instance, processes)
+    return Gpu(
+        DeviceId(id), name, capacity, free, instance, processes,
+        vendor="NVIDIA", library=CUDA, cuda_id=True, integrated=not capacity,
+    )  # fmt: skip
 
 
 def _compute_capability(handle: Any) -> tuple[int, int] | None:
@@ -262,4 +258,4 @@ def _processes(handle: Any) -> Mapping[int, int]:
     return {int(each.pid): int(each.usedGpuMemory) for each in processes if each.usedGpuMemory is not None}
 
 
-__all__ = ["Board", "Gpu", "Nvml", "Reading", "visible_devices"]
+__all__ = ["Board", "Nvml", "visible_devices"]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from scheduler.engines.interface import RunnerListener
 
 VISIBLE_GPUS: Final = "CUDA_VISIBLE_DEVICES"
+_CUDA_IDS: Final = ("GPU-", "MIG-")
 DETAIL_BYTES = 8 << 10  # longest description of an exit
 BUSY_PART = 0.05  # share of a probe's time on a CPU: a server that works this much is only slow to answer, and not dead
 BUSY_S = 0.05  # and at least this much: CPU time is counted in ticks of 10 ms
@@ -235,10 +236,23 @@ def get(url: str, path: str, timeout_s: float | None, key: str = "") -> int:
         connection.close()
 
 
-def kept_environment(environment: Mapping[str, str], gpus: Iterable[DeviceId]) -> dict[str, str]:
-    """Return the part of `environment` that a child gets, and the GPUs that it sees, in their order."""
+def kept_environment(environment: Mapping[str, str], gpus: Iterable[DeviceId] | None = None) -> dict[str, str]:
+    """Return the part of `environment` that a child gets, and the GPUs that it sees, in their order.
+
+    None: those that this program sees.
+    """
     kept = {name: value for name, value in environment.items() if name in _KEPT or name.startswith(_KEPT_PREFIXES)}
-    return {**kept, VISIBLE_GPUS: ",".join(gpus)}
+    return kept if gpus is None else kept | shown(gpus)
+
+
+def shown(gpus: Iterable[DeviceId]) -> dict[str, str]:
+    """Return the variable with which a child sees these GPUs alone.
+
+    Only CUDA knows GPUs by their ids: where one of these is not NVIDIA's, there is no such variable, and the child sees
+    the GPUs that this program does.
+    """
+    ids = [*gpus]
+    return {VISIBLE_GPUS: ",".join(ids)} if all(id.startswith(_CUDA_IDS) for id in ids) else {}
 
 
 def describe(exit: Exit, output: str, *, loading: bool) -> str:

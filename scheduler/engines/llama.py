@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from fsm.domain.devices import HOST, DeviceId, Placement, Threads
@@ -27,7 +28,7 @@ from scheduler.engines.child_runner import VISIBLE_GPUS, ChildRunner, kept_envir
 from scheduler.engines.engine_log import EngineLog
 from scheduler.engines.interface import Endpoint, Engine, Memory
 from scheduler.engines.llama_dry_run import DryRuns
-from scheduler.engines.llama_gpus import QUESTION, GpuBackends
+from scheduler.engines.llama_gpus import QUESTION, Backends, GpuBackends
 from scheduler.engines.llama_options import only_embeds
 from scheduler.engines.llama_profile import (
     NOTHING_TOLD,
@@ -51,6 +52,8 @@ from scheduler.models.measurements import identity_of, installed_version
 from scheduler.models.model_info import ModelInfo
 
 if TYPE_CHECKING:
+    from scheduler.devices.gpu_sources import EngineList
+    from scheduler.devices.gpus import Gpu
     from scheduler.engines.engine_log import RunnerLog
     from scheduler.engines.interface import RunnerListener
     from scheduler.engines.llama_child import Request
@@ -106,7 +109,7 @@ class LlamaProcess(ChildRunner):
         report: RunnerListener,
         key: str,
         *,
-        gpus: Sequence[DeviceId] = (),
+        gpus: Mapping[str, DeviceId] = MappingProxyType({}),
         kept_bytes: int = 0,
         results_bytes: int = 0,
         misplaced: Callable[[bool], None] = lambda found: None,
@@ -122,7 +125,7 @@ class LlamaProcess(ChildRunner):
         self._engine_key = engine_key  # of the engine itself, where clients have a gate; None: they have none
         self._prompts = prompts  # None: they are not kept
         self._slots = slots
-        self._gpus = gpus  # the GPUs that the child sees, in its order
+        self._gpus = gpus  # the GPUs that its layers are on, by the child's names for them
         self._kept_bytes = kept_bytes  # most of the host's memory for kept prompts and for computing
         self._misplaced = (
             misplaced  # told whether its weights are all on the host, although it was to have layers on GPUs
@@ -236,13 +239,14 @@ class LlamaEngine(Engine):
 
     process_class = LlamaProcess
     has_gate = True  # between clients and an engine that does more than clients may ask for
+    gpu_list: EngineList | None = None  # the list of a program that can use GPUs of other makers than NVIDIA
 
     def __init__(
         self,
         defaults: Options = AUTOMATIC,
         *,
         larger_contexts: bool = False,
-        sees_gpus: Callable[[], bool] = lambda: False,
+        gpus: Callable[[], Sequence[Gpu]] = tuple,
         log_file: Path | None = None,
         prompts: PromptStore | None = None,
         prestart: bool = False,
@@ -258,8 +262,8 @@ class LlamaEngine(Engine):
         self._cuts: dict[tuple[str, int], None] = {}  # contexts that were logged as cut, by the model's path
         self._dry_runs = DryRuns(self._processes, _dry_run_program)
         self._misplaced: dict[str, None] = {}  # names of models, each until it is loaded where it was to go
-        self._backends = GpuBackends(self._processes, _backends_program, sees_gpus)
-        self._sees_gpus = sees_gpus
+        self._backends: Backends = GpuBackends(self._processes, _backends_program, gpus)
+        self._gpus = gpus  # returns those of the last reading
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -286,8 +290,8 @@ class LlamaEngine(Engine):
         dry run is made: blocks for a quarter of a second, and for some seconds at most. Raises `ModelNotFound` or
         `InvalidModel`.
         """
-        if self._spares.untried and not self._sees_gpus():  # else the environment of the load depends on its placement
-            self._spares.expect(_program(CHILD, None, ()), find_library())
+        if self._spares.untried and not self._gpus():  # else the environment of the load depends on its placement
+            self._spares.expect(_program(CHILD, None), find_library())
         info = read_metadata(
             model.path, adapters=model.all_adapters, projectors=model.projectors, embedding=model.embedding
         )
@@ -336,12 +340,7 @@ class LlamaEngine(Engine):
         return profile_of(info, asked, self._defaults, larger_contexts=self._larger_contexts, told=told)
 
     def launch(
-        self,
-        model: ModelSpec,
-        options: Options,
-        settings: EngineSettings,
-        placement: Placement,
-        report: RunnerListener,
+        self, model: ModelSpec, options: Options, settings: EngineSettings, placement: Placement, report: RunnerListener
     ) -> LlamaProcess:
         """Start a child that loads the model, and return at once; a program's first launch imports the HTTP client.
 
@@ -357,11 +356,12 @@ class LlamaEngine(Engine):
         prompts = self._prompts_of(model, options)
         request["prompts"] = None if prompts is None else prompts.request()
         request["engine_key"] = engine_key = self._engine_key(model, prompts)
-        gpus = tuple(device for device, _ in placement.gpu_layers)
+        gpus = [device for device, _ in placement.gpu_layers]
+        names, variables = self._backends.names(gpus)
         process = self.process_class(
             report,
             key,
-            gpus=gpus,
+            gpus=dict(zip(names, gpus, strict=True)),
             kept_bytes=resolved.kept_bytes + (0 if _has_projector_on_gpu(placement) else resolved.projector_work_bytes),
             results_bytes=resolved.results_bytes,
             misplaced=lambda found: self._note_misplaced(model.name, found),
@@ -372,12 +372,19 @@ class LlamaEngine(Engine):
             slots=_there(options.num_parallel),
             holds_back=placement.holds_back,
         )
-        process.child = self._start(model, request, gpus, process)
+        process.child = self._start(model, request, names, variables, process)
         import_client(process.begun)
         return process
 
-    def _start(self, model: ModelSpec, request: Request, gpus: Iterable[DeviceId], process: LlamaProcess) -> Child:
-        return self._spares.start(_program(CHILD, request, gpus), request["library"], process)
+    def _start(
+        self,
+        model: ModelSpec,
+        request: Request,
+        gpus: Sequence[str],
+        variables: Mapping[str, str],
+        process: LlamaProcess,
+    ) -> Child:
+        return self._spares.start(_program(CHILD, request, variables), request["library"], process)
 
     def _engine_key(self, model: ModelSpec, prompts: RunnerPrompts | None) -> str | None:
         """Return the key of an engine behind a gate; None where clients may ask the engine for whatever it does."""
@@ -493,11 +500,16 @@ def _way_out(info: ModelInfo) -> str:
     return ". Take another conversion of it, or upgrade loadmaster[llama] if the file is newer"
 
 
-def _program(child: Path, question: Request | DryRun | None, gpus: Iterable[DeviceId]) -> Program:
-    """Return a program of ours that sees these GPUs, without the user's start-up code and other packages' code."""
+def _program(
+    child: Path, question: Request | DryRun | None, variables: Mapping[str, str] = MappingProxyType({})
+) -> Program:
+    """Return a program of ours with these variables, without the user's start-up code and other packages' code.
+
+    Unless a variable says so, it sees no GPU.
+    """
     return Program(
         arguments=(sys.executable, "-I", "-S", str(child)),
-        environment=child_environment(os.environ, gpus),
+        environment={**child_environment(os.environ), VISIBLE_GPUS: "", **variables},
         input=json.dumps(question).encode() + b"\n",
     )
 
@@ -505,19 +517,14 @@ def _program(child: Path, question: Request | DryRun | None, gpus: Iterable[Devi
 def _dry_run_program(loads: Sequence[Request]) -> Program:
     base = loads[0]
     others = [{name: value for name, value in load.items() if value != base.get(name)} for load in loads]
-    return _program(
-        DRY_RUN_CHILD, {"parent": os.getpid(), "library": find_library(), "base": base, "loads": others}, ()
-    )
+    return _program(DRY_RUN_CHILD, {"parent": os.getpid(), "library": find_library(), "base": base, "loads": others})
 
 
 def _backends_program() -> Program | None:
     """Return the program that asks llama.cpp for its backends, and sees the GPUs that this program does."""
     if (library := find_library()) is None:
         return None
-    environment = child_environment(os.environ, ())
-    del environment[VISIBLE_GPUS]  # none, for the child of a model on the host
-    visible = {VISIBLE_GPUS: os.environ[VISIBLE_GPUS]} if VISIBLE_GPUS in os.environ else {}
-    return Program((sys.executable, "-I", "-S", "-c", QUESTION, library), environment | visible)
+    return Program((sys.executable, "-I", "-S", "-c", QUESTION, library), child_environment(os.environ))
 
 
 def find_library() -> str | None:
@@ -526,9 +533,9 @@ def find_library() -> str | None:
     return None if spec is None or spec.origin is None else str(Path(spec.origin).parent.parent)
 
 
-def child_environment(environment: Mapping[str, str], gpus: Iterable[DeviceId]) -> dict[str, str]:
-    """Return the part of `environment` that a child gets, and the GPUs that its layers are on, in their order."""
-    return {**kept_environment(environment, gpus), **_WAITING, **_ABORTING}
+def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the part of `environment` that a child gets; it sees the GPUs that this program does."""
+    return {**kept_environment(environment), **_WAITING, **_ABORTING}
 
 
 def without_requests(output: str) -> str:

@@ -10,14 +10,18 @@ import json
 import logging
 import re
 import threading
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from scheduler.concurrency.latch import Latch
+from scheduler.devices.gpus import CUDA
 from scheduler.engines.child_process import Child, Exit, Program
+from scheduler.engines.child_runner import VISIBLE_GPUS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
+    from fsm.domain.devices import DeviceId
+    from scheduler.devices.gpus import Gpu
     from scheduler.engines.process_supervisor import ChildLauncher
 
 log = logging.getLogger("loadmaster")
@@ -38,39 +42,65 @@ os.write(out, (json.dumps({"devices": names}) + "\\n").encode())
 _NAME = re.compile(r"([A-Za-z]+)\d+")  # a backend, and the number of one of its devices
 
 
-class GpuBackends:
-    """Asks llama.cpp for its backends, once; any thread may use it."""
+class Backends(Protocol):
+    """What a build of llama.cpp can use of the machine's GPUs; any thread may use it."""
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """The GPUs that it cannot use, in a sentence."""
+
+    def usable(self) -> tuple[str, ...] | None:
+        """Return the libraries of the GPUs that it can use; None where there are no GPUs, or it does not tell."""
+
+    def names(self, ids: Sequence[DeviceId]) -> tuple[Sequence[str], Mapping[str, str]]:
+        """Return its names for GPUs, and the variables with which its process has these names."""
+
+
+class GpuBackends(Backends):
+    """Asks llama.cpp for its backends, once; of GPUs it is told CUDA's alone, by their ids."""
 
     def __init__(
-        self, processes: ChildLauncher, program: Callable[[], Program | None], sees_gpus: Callable[[], bool]
+        self, processes: ChildLauncher, program: Callable[[], Program | None], gpus: Callable[[], Sequence[Gpu]]
     ) -> None:
         self._processes = processes
         self._program = program  # that asks; None: llama.cpp is not installed
-        self._sees_gpus = sees_gpus  # tells whether there are any
+        self._gpus = gpus  # returns those of the last reading
         self._lock = threading.Lock()
         self._told: tuple[str, ...] | None = None
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """That llama.cpp cannot use the GPUs that there are, in a sentence; none where it can, or was not asked yet."""
-        if self._told is None or "CUDA" in self._told:
-            return ()
+        """The GPUs that llama.cpp cannot use, in sentences; none where it can, or was not asked yet."""
+        others = ", ".join(gpu.id for gpu in self._gpus() if gpu.library != CUDA)
+        problems = (
+            f"llama.cpp, as it is installed, is not told to use {others}: name a llama-server that was built for these "
+            "GPUs, by the setting llama_server",
+        )
+        if self._told is None or CUDA in self._told or not any(gpu.library == CUDA for gpu in self._gpus()):
+            return problems if others else ()
         return (
             "llama.cpp, as it is installed, has no CUDA backend: models go to the host, not to the GPUs that are here; "
             "install a build of xllamacpp for CUDA",
+            *(problems if others else ()),
         )
 
     def usable(self) -> tuple[str, ...] | None:
-        """Return the libraries through which llama.cpp uses GPUs; None where there are no GPUs, or it does not tell.
+        """Return CUDA where llama.cpp can use it; None where there are no GPUs.
 
-        Blocks for a part of a second when it is first asked, and for `TIMEOUT_S` seconds at most.
+        Where it does not tell, it is believed to. Blocks for a part of a second when it is first asked, and for
+        `TIMEOUT_S` seconds at most.
         """
-        if not self._sees_gpus():
-            return None
+        libraries = {gpu.library for gpu in self._gpus()}
+        if CUDA not in libraries:
+            return () if libraries else None
         with self._lock:
             if self._told is None:
                 self._told = self._ask()
-            return self._told
+            return (CUDA,) if self._told is None or CUDA in self._told else ()
+
+    def names(self, ids: Sequence[DeviceId]) -> tuple[Sequence[str], Mapping[str, str]]:
+        """Return llama.cpp's names for GPUs of CUDA's, in the order in which its process is told their ids."""
+        return [f"{CUDA}{place}" for place in range(len(ids))], {VISIBLE_GPUS: ",".join(ids)}
 
     def _ask(self) -> tuple[str, ...] | None:
         if (program := self._program()) is None:

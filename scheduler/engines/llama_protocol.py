@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import http.client
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeGuard, get_args
 from urllib.parse import urlsplit
@@ -22,7 +22,6 @@ ANSWER_LIMIT_BYTES: Final = 1 << 16  # of the metrics, which take 3 KiB
 _KINDS: Mapping[str, BufferKind] = {kind: kind for kind in get_args(BufferKind)}
 _CACHE_KINDS: Mapping[str, CacheKind] = {kind: kind for kind in get_args(CacheKind)}
 _URL = re.compile(r"http://127\.0\.0\.1:\d{1,5}")
-_GPU = re.compile(r"CUDA(\d{1,3})")
 _LARGEST = re.compile(rb"^llamacpp:n_tokens_max (\d+)", re.MULTILINE)
 
 
@@ -38,10 +37,10 @@ class Loaded:
     restored: Mapping[int, int]  # slot -> tokens of its prompt that the engine has restored
 
 
-def loaded_of(message: Mapping[str, Any], gpus: Sequence[DeviceId]) -> Loaded | None:
+def loaded_of(message: Mapping[str, Any], gpus: Mapping[str, DeviceId]) -> Loaded | None:
     """Return what a serving child reports; None if its address is not of this machine.
 
-    `gpus` are the GPUs that the child sees, in its order.
+    `gpus` are the GPUs that it uses, by its own names.
     """
     url, context = message.get("url"), message.get("num_ctx")
     if not isinstance(url, str) or not _URL.fullmatch(url):
@@ -68,16 +67,16 @@ def restored_of(told: object) -> Mapping[int, int]:
     return found
 
 
-def buffers_of(told: object, gpus: Sequence[DeviceId]) -> tuple[Buffer, ...]:
+def buffers_of(told: object, gpus: Mapping[str, DeviceId]) -> tuple[Buffer, ...]:
     """Return a child's buffers, added up by device and kind; entries of `told` that are not valid are left out.
 
-    The child names GPUs as it sees them ("CUDA0" is the first of `gpus`). Memory under any other name is left out too.
+    `gpus` are by the names that the child has for them. Memory under any other name is left out too.
     """
     found: dict[tuple[DeviceId, BufferKind], int] = {}
     for entry in told[:BUFFERS_LIMIT] if isinstance(told, list) else ():
         match entry:
             case [str(name), str(kind), int(amount)] if kind in _KINDS and 0 < amount <= BYTES_LIMIT:
-                device = _device(name, gpus)
+                device = HOST if name == "CPU" else gpus.get(name)
             case _:
                 continue
         if device is not None:
@@ -108,13 +107,6 @@ def _is_amount(value: object) -> TypeGuard[int]:
 
 def _is_layer(value: object) -> bool:
     return isinstance(value, int) and 0 <= value < LAYERS_LIMIT
-
-
-def _device(name: str, gpus: Sequence[DeviceId]) -> DeviceId | None:
-    if name == "CPU":
-        return HOST
-    gpu = _GPU.fullmatch(name)
-    return gpus[int(gpu[1])] if gpu is not None and int(gpu[1]) < len(gpus) else None
 
 
 def largest_sequence(url: str, key: str, timeout_s: float) -> int | None:

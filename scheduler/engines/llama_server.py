@@ -10,24 +10,23 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from fsm.domain.options import AUTOMATIC, Options
 from scheduler.engines.llama import LlamaEngine, LlamaProcess, child_environment
 from scheduler.engines.llama_child import buffers, uses_flash_attention
-from scheduler.engines.llama_gpus import GpuBackends
 from scheduler.engines.llama_server_binary import ServerBinary
+from scheduler.engines.llama_server_gpus import ServerGpus, ServerList
 from scheduler.engines.llama_server_options import arguments
 from scheduler.engines.llama_sizing import VERIFIED_VERSION
 from scheduler.errors.exceptions import InvalidModel
 from scheduler.errors.formatting import printable
 
 if TYPE_CHECKING:
-    from fsm.domain.devices import DeviceId
     from fsm.sizing.model_profile import ModelProfile
+    from scheduler.devices.gpus import Gpu
     from scheduler.engines.child_process import Child
     from scheduler.engines.llama_child import Request
     from scheduler.engines.llama_prompts import RunnerPrompts
@@ -39,7 +38,10 @@ LOG_BYTES: Final = 4 << 20  # of a load's log that are kept
 _SERVES = re.compile(rb"\blistening on (http://127\.0\.0\.1:\d{1,5})(?=\s)")
 _CONTEXT = re.compile(r"\b(?:n_ctx_slot|new slot,? n_ctx) = (\d+)")
 # variables that ROCm, SYCL, Vulkan and llama.cpp's own backends act upon, beside those that every child gets
-_KEPT_PREFIXES: Final = ("GGML_", "GPU_", "HIP_", "HSA_", "ONEAPI_", "ROCR_", "SYCL_", "VK_", "ZES_")
+_KEPT_PREFIXES: Final = (
+    "GGML_", "GPU_", "HIP_", "HSA_", "MESA_", "ONEAPI_", "RADV_", "ROCM_", "ROCR_", "SYCL_", "UR_", "VK_", "ZES_",
+    "ZE_",
+)  # fmt: skip
 
 
 class ServerProcess(LlamaProcess):
@@ -72,30 +74,11 @@ class ServerProcess(LlamaProcess):
         self.printed(json.dumps(told))
 
 
-class _Backends(GpuBackends):
-    """The backends that the server tells of."""
-
-    def __init__(self, binary: ServerBinary, sees_gpus: Callable[[], bool], **more: Any) -> None:
-        super().__init__(**more, sees_gpus=sees_gpus, program=lambda: None)
-        self._binary = binary
-
-    @property
-    def problems(self) -> tuple[str, ...]:
-        """That the server cannot use the GPUs that there are, in a sentence."""
-        if self._told is None or "CUDA" in self._told:
-            return ()
-        has = f"only {', '.join(self._told)}" if self._told else "none"
-        return (
-            f"{printable(self._binary.path)} has no CUDA backend ({has}): models go to the host, not to the GPUs that "
-            "are here; name a llama-server that was built for CUDA",
-        )
-
-    def _ask(self) -> tuple[str, ...] | None:
-        return self._binary.facts().backends
-
-
 class LlamaServerEngine(LlamaEngine):
-    """Runs the models of `ModelSpec`s with one `llama-server`."""
+    """Runs the models of `ModelSpec`s with one `llama-server`.
+
+    `gpus` returns the GPUs of the last reading of the devices, which has this server's names for them where it `lists`.
+    """
 
     process_class = ServerProcess
     has_gate = False
@@ -106,14 +89,16 @@ class LlamaServerEngine(LlamaEngine):
         defaults: Options = AUTOMATIC,
         *,
         larger_contexts: bool = False,
-        sees_gpus: Callable[[], bool] = lambda: False,
+        gpus: Callable[[], Sequence[Gpu]] = tuple,
+        lists: bool = False,
         log_file: Path | None = None,
         keeps_prompts: bool = False,
     ) -> None:
-        super().__init__(defaults, larger_contexts=larger_contexts, sees_gpus=sees_gpus, log_file=log_file)
+        super().__init__(defaults, larger_contexts=larger_contexts, gpus=gpus, log_file=log_file)
         more = {name: value for name, value in os.environ.items() if name.startswith(_KEPT_PREFIXES)}
-        self.binary = ServerBinary(path, self._processes, more | _without_gpus(child_environment(os.environ, ())))
-        self._backends = _Backends(self.binary, sees_gpus, processes=self._processes)
+        self.binary = ServerBinary(path, self._processes, more | child_environment(os.environ))
+        self.gpu_list = ServerList(self.binary)
+        self._backends = ServerGpus(self.binary, gpus, lists=lists)
         self._version = VERIFIED_VERSION  # llama.cpp's buffers seldom change; what it takes is measured, by its version
         self._keeps_prompts = keeps_prompts  # whether that was wanted
 
@@ -145,24 +130,23 @@ class LlamaServerEngine(LlamaEngine):
         """Return None: a client with the runner's key could read, write and erase the slots of others."""
         return None
 
-    def _start(self, model: ModelSpec, request: Request, gpus: Iterable[DeviceId], process: LlamaProcess) -> Child:
+    def _start(
+        self,
+        model: ModelSpec,
+        request: Request,
+        gpus: Sequence[str],
+        variables: Mapping[str, str],
+        process: LlamaProcess,
+    ) -> Child:
         """Start the server; raises `InvalidModel` for a value that this server does not take."""
         try:
-            told = arguments(request, self.binary.facts().options)
+            told = arguments(request, self.binary.facts().options, gpus)
         except ValueError as error:
             raise InvalidModel(model.path, str(error)) from None
-        program = self.binary.program(told, request["key"], gpus=",".join(gpus), holds_back=request["holds_back"])
+        program = self.binary.program(told, request["key"], variables=variables, holds_back=request["holds_back"])
         return self._spares.start(program, None, process)
 
 
 _NO_PROMPTS: Final = (
     "its prompts are not kept (keep_prompts), as it opens the slots to every client that has its runner's key"
 )
-
-
-def _without_gpus(environment: dict[str, str]) -> dict[str, str]:
-    """Return an environment with the GPUs that this program sees, and not with none."""
-    name = "CUDA_VISIBLE_DEVICES"
-    with suppress(KeyError):
-        return {**environment, name: os.environ[name]}
-    return {each: value for each, value in environment.items() if each != name}

@@ -1,6 +1,7 @@
 """A `llama-server` of the user's own: whether it can be used, its version, its devices, and the options that it knows.
 
-It is asked once, by running it: with `--version`, `--list-devices` and `--help`, all at the same time.
+It is asked once, by running it: with `--version`, `--list-devices` and `--help`, all at the same time; and where it has
+GPUs, with a file that is no model, for their PCI ids.
 """
 
 from __future__ import annotations
@@ -9,31 +10,31 @@ import json
 import os
 import re
 import sys
+import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from scheduler.concurrency.latch import Latch
+from scheduler.devices.gpus import CUDA, Listed
 from scheduler.engines.child_process import Child, Exit, Program
+from scheduler.engines.llama_device_list import LIST, entries_of, no_model, places_of, question, with_places
 from scheduler.engines.llama_server_options import known_options, missing
 from scheduler.errors.exceptions import EngineMissing, EngineUnusable
 from scheduler.errors.formatting import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from scheduler.engines.llama_server_child import Order
     from scheduler.engines.process_supervisor import ChildLauncher
 
 CHILD: Final = Path(__file__).with_name("llama_server_child.py")
 TIMEOUT_S: Final = 20.0  # a GPU's driver may have to wake it
 ANSWER_BYTES: Final = 1 << 20
-_QUESTIONS: Final = ("--version", "--list-devices", "--help")
+_QUESTIONS: Final = (("--version",), LIST, ("--help",))
 _ENOUGH: Final = "get a llama-server from September 2025 or later (b6325), from https://github.com/ggml-org/llama.cpp"
 _VERSION = re.compile(r"^version: (.+)$", re.MULTILINE)
-_DEVICE = re.compile(r"^ +([A-Za-z]+)\d+: ", re.MULTILINE)  # a backend, and the number of one of its devices
 _OTHER_MACHINE: Final = "Exec format error"
 
 FileState = tuple[int, int, int, int]
@@ -44,8 +45,13 @@ class ServerFacts:
     """What a server tells of itself."""
 
     version: str  # in its own words
-    backends: tuple[str, ...]  # through which it uses GPUs, as in "CUDA"
+    devices: tuple[Listed, ...]  # GPUs that it can use
     options: Mapping[str, tuple[str, ...]]  # as `known_options` returns them
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """The libraries through which it uses GPUs, as "CUDA"."""
+        return tuple(sorted({device.library for device in self.devices}))
 
 
 class ServerBinary:
@@ -91,10 +97,37 @@ class ServerBinary:
             raise replace(facts)
         return facts
 
-    def program(self, arguments: Sequence[str], key: str = "", *, gpus: str = "", holds_back: bool = False) -> Program:
-        """Return the program that runs the server with these arguments, on these GPUs; without a key it only answers.
+    def ask_list(self) -> Question | None:
+        """Ask for the list of devices, and return at once; None where no process can be started now."""
+        try:
+            return Question(self._processes, self.program(LIST))
+        except (RuntimeError, OSError):  # closed, in a fork, or no thread or descriptor is left
+            return None
 
-        One that only answers sees the GPUs that this program does.
+    def list_of(self, answered: Question) -> tuple[Listed, ...] | None:
+        """Return the devices of an answer to `ask_list`, or None where it has no list; raises what `check` raises.
+
+        Where these are other devices than at first, the server is asked for their PCI ids too.
+        """
+        entries, facts = entries_of(answered.text), self.facts()
+        if entries is None or answered.code:
+            return None
+        known = {(device.name, device.description): device.pci for device in facts.devices}
+        if all((entry.name, entry.description) in known for entry in entries):
+            return with_places(entries, {name: pci for (name, _), pci in known.items()})
+        return with_places(entries, self._places(entries, facts.options))
+
+    def program(
+        self,
+        arguments: Iterable[str],
+        key: str = "",
+        *,
+        variables: Mapping[str, str] | None = None,
+        holds_back: bool = False,
+    ) -> Program:
+        """Return the program that runs the server with these arguments and variables; without a key it only answers.
+
+        Without `variables` it sees the GPUs that this program does.
         """
         order: Order = {
             "parent": os.getpid(),
@@ -103,36 +136,50 @@ class ServerBinary:
             "holds_back": holds_back,
             "guarded": bool(key),
         }
-        environment = {**self._environment}
-        if key:
-            environment["CUDA_VISIBLE_DEVICES"] = gpus
+        environment = {**self._environment, **(variables or {})}
         return Program((sys.executable, "-I", "-S", str(CHILD)), environment, json.dumps(order).encode() + b"\n")
 
     def _ask(self) -> ServerFacts:
-        answers = [_Answer() for _ in _QUESTIONS]
-        children = [Child(self.program([option]), answer) for option, answer in zip(_QUESTIONS, answers, strict=True)]
-        try:
-            for child in children:
-                self._processes.start(child)
-            answered = all(answer.over.wait(TIMEOUT_S) for answer in answers)
-        finally:
-            for child in children:
-                child.stop(0.0)
-        if not answered:
+        version, devices, help = self._answers(*_QUESTIONS)
+        if not (version.over and devices.over and help.over):
             raise EngineUnusable(self.path, f"it did not tell its version within {TIMEOUT_S:g} s; run it by hand")
-        version, devices, help = (answer.text for answer in answers)
-        options = known_options(help)
-        found = _VERSION.search(version)
+        options = known_options(help.text)
+        found = _VERSION.search(version.text)
         if found is None or not options:
-            raise EngineUnusable(self.path, _why_unusable(answers[0]))
+            raise EngineUnusable(self.path, _why_unusable(version))
         if lacking := missing(options):
             said = f"{printable(found[1])} does not know {', '.join(lacking)}"
             raise EngineUnusable(self.path, f"its version {said}: {_ENOUGH}")
-        backends = tuple(sorted(set(_DEVICE.findall(devices))))
-        return ServerFacts(printable(found[1].strip()), backends, options)
+        entries = entries_of(devices.text) or ()
+        return ServerFacts(printable(found[1].strip()), with_places(entries, self._places(entries, options)), options)
+
+    def _places(self, entries: Iterable[Listed], options: Iterable[str]) -> Mapping[str, str]:
+        """Return the PCI ids of GPUs by name, as far as the server tells them; it is not asked for CUDA's alone."""
+        names = [entry.name for entry in entries]
+        if all(name.startswith(CUDA) for name in names):
+            return {}
+        try:
+            with tempfile.NamedTemporaryFile(prefix="loadmaster-", suffix=".gguf") as file:
+                file.write(no_model())
+                file.flush()
+                (answer,) = self._answers(question(file.name, names, options))
+        except OSError:  # no room, or no folder for it
+            return {}
+        return places_of(answer.text)
+
+    def _answers(self, *questions: Iterable[str]) -> list[Question]:
+        """Return the answers to questions, each by a process; what was not answered within `TIMEOUT_S` is not over."""
+        asked: list[Question] = []
+        try:
+            asked.extend(Question(self._processes, self.program(arguments)) for arguments in questions)
+            all(each.wait(TIMEOUT_S) for each in asked)
+        finally:
+            for each in asked:
+                each.stop()
+        return asked
 
 
-def _why_unusable(answer: _Answer) -> str:
+def _why_unusable(answer: Question) -> str:
     """Return why a program that told no version cannot be used, in its own words where it has some."""
     if _OTHER_MACHINE in answer.failure:
         return f"it is no program for this machine ({answer.failure}): get a build for its processor and system"
@@ -141,14 +188,29 @@ def _why_unusable(answer: _Answer) -> str:
     return f"it did not tell its version ({said}): run it with --version by hand; {_ENOUGH}"
 
 
-class _Answer:
-    """What a run of the server prints; its child calls the methods, on the supervisor's thread."""
+class Question:
+    """A run of the server, and what it prints; its child calls the methods from `printed` on, on another thread."""
 
-    def __init__(self) -> None:
-        self.over = Latch()
+    def __init__(self, processes: ChildLauncher, program: Program) -> None:
         self.code: int | None = None
         self.failure = ""  # why it was not run
+        self._over = Latch()
         self._printed = bytearray()
+        self._child = Child(program, self)
+        processes.start(self._child)
+
+    @property
+    def over(self) -> bool:
+        """Whether the run has ended."""
+        return self._over.is_set()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait for its end; return whether it has come within `timeout_s` seconds."""
+        return self._over.wait(timeout_s)
+
+    def stop(self) -> None:
+        """End the run, if it goes on."""
+        self._child.stop(0.0)
 
     @property
     def text(self) -> str:
@@ -175,4 +237,4 @@ class _Answer:
     def ended(self, exit: Exit) -> None:
         """Let the thread go on that waits."""
         self.code, self.failure = exit.code, self.failure or exit.reason
-        self.over.set()
+        self._over.set()

@@ -6,7 +6,7 @@ Which of its options a server knows is read from what it tells with `--help`, si
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -52,12 +52,12 @@ def missing(known: Mapping[str, tuple[str, ...]]) -> list[str]:
     return [name for name in NEEDED if name not in known or (name == "--flash-attn" and "auto" not in known[name])]
 
 
-def arguments(request: Request, known: Mapping[str, tuple[str, ...]]) -> list[str]:
-    """Return a server's arguments for a request, but for its key.
+def arguments(request: Request, known: Mapping[str, tuple[str, ...]], gpus: Sequence[str] = ()) -> list[str]:
+    """Return a server's arguments for a request, but for its key; `gpus` are the server's names for its GPUs.
 
     Raises ValueError for a value that the server does not know, or that it would take for several.
     """
-    return [*_sizes(request, known), *_files(request, known), *_place(request, known), *_locked_down(known)]
+    return [*_sizes(request, known), *_files(request, known), *_place(request, known, gpus), *_locked_down(known)]
 
 
 def _sizes(request: Request, known: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
@@ -100,15 +100,15 @@ def _files(request: Request, known: Mapping[str, object]) -> Iterator[str]:
         yield "--no-mmap"
 
 
-def _place(request: Request, known: Mapping[str, object]) -> Iterator[str]:
-    """Yield where the layers go: on the GPUs that the process sees, in their order, and else on the host."""
+def _place(request: Request, known: Mapping[str, object], gpus: Sequence[str]) -> Iterator[str]:
+    """Yield where the layers go: on these GPUs, in their order, or on the host where there are none."""
     layers = request["gpu_layers"]
     if not layers:
         yield from ("--device", "none")
         if "--no-warmup" in known:
             yield "--no-warmup"  # on the host it would only delay the first token
         return
-    yield from ("--device", ",".join(f"CUDA{place}" for place in range(len(layers))))
+    yield from ("--device", ",".join(gpus))
     yield from ("--gpu-layers", str(sum(layers)), "--tensor-split", ",".join(map(str, layers)))
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from fsm.domain.devices import HOST
 from scheduler.engines.child_process import Child, Exit, Program
-from scheduler.engines.child_runner import EXIT_S, VISIBLE_GPUS, TreeRunner
+from scheduler.engines.child_runner import EXIT_S, TreeRunner, shown
 from scheduler.engines.engine_log import EngineLog
 from scheduler.engines.object_calls import ObjectCalls
 from scheduler.engines.object_protocol import pickled, send
@@ -47,7 +47,7 @@ class ObjectProcess(TreeRunner):
         self._unloading = False
         self._reader = threading.Thread(target=self._read, name=f"loadmaster-object-{model.name}", daemon=True)
         program = (sys.executable, str(CHILD), str(self._theirs.fileno()))
-        environment = {**os.environ, VISIBLE_GPUS: ",".join(gpu for gpu, _ in model.declared if gpu != HOST)}
+        environment = os.environ | shown(gpu for gpu, _ in model.declared if gpu != HOST)
         self.child = Child(Program(program, environment, passed=(self._theirs.fileno(),)), self)
 
     def begin(self) -> None:

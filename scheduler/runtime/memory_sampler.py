@@ -76,7 +76,10 @@ class MemorySampler:
     def _read_all(self) -> None:
         if not self._asked:  # the reading of an earlier job has served the request
             return
+        before = self._highest
         self._begun = self._take()
+        if self._begun or self._highest > before:  # a decision waits for it
+            self._devices.want_figures()
         try:
             if not self._closed:
                 self._read(self._highest)

@@ -92,4 +92,4 @@ def test_d17_closing_does_not_wait_for_a_stalled_driver(nvml: StandIn) -> None:
         assert asking is not None and asking.is_alive() and asking.daemon
         nvml.say(ONE)
         assert_soon(lambda asking=asking: not asking.is_alive())
-        assert source._driver is not None and not source._driver._initialised
+        assert source._driver is not None and not source._driver._nvml._initialised

@@ -33,6 +33,7 @@ from tests.support.waiting import LIMIT_S, assert_soon
 MIB = 2**20
 FULL: dict[str, Any] = {"temperature": 0, "max_tokens": 2000, "ignore_eos": True}  # until the context is full
 GPUS = (DeviceId("GPU-b"), DeviceId("GPU-a"))
+NAMED = {"CUDA0": GPUS[0], "CUDA1": GPUS[1]}
 
 
 @pytest.fixture(autouse=True)
@@ -213,7 +214,7 @@ def test_n14_a_runner_that_hangs_is_stopped_all_the_same(model: Path) -> None:
 def a_loaded_process(*buffers: object) -> tuple[LlamaProcess, Told]:
     """Return the handle of a child that reports these buffers, without a process."""
     told = Told()
-    process = LlamaProcess(told, "key", gpus=GPUS)
+    process = LlamaProcess(told, "key", gpus=NAMED)
     line = {"event": "loaded", "url": "http://127.0.0.1:1", "num_ctx": 256, "buffers": list(buffers)}
     process.printed(json.dumps(line))
     return process, told
@@ -246,14 +247,16 @@ def test_n14_the_engines_gpus_are_those_of_the_placement() -> None:
 )  # fmt: skip
 def test_what_makes_no_sense_in_a_childs_report_is_left_out(told: object) -> None:
     """A value without a meaning in a child's report is left out, because the report is not trusted."""
-    assert buffers_of(told, GPUS) == ()
+    assert buffers_of(told, NAMED) == ()
     good = [["CPU", "weights", 1]]
-    assert buffers_of(good + told if isinstance(told, list) else good, GPUS) == (Buffer(HOST, "weights", 1),)
+    assert buffers_of(good + told if isinstance(told, list) else good, NAMED) == (Buffer(HOST, "weights", 1),)
 
 
 def test_a_childs_report_is_bounded() -> None:
     """A child's report is read up to a limit."""
-    assert buffers_of([["CPU", "weights", 1]] * (10 * BUFFERS_LIMIT), GPUS) == (Buffer(HOST, "weights", BUFFERS_LIMIT),)
+    assert buffers_of([["CPU", "weights", 1]] * (10 * BUFFERS_LIMIT), NAMED) == (
+        Buffer(HOST, "weights", BUFFERS_LIMIT),
+    )
 
 
 @pytest.mark.parametrize(
@@ -272,7 +275,7 @@ def test_a_child_that_names_another_address_does_not_serve(url: object) -> None:
 )
 def test_a_context_that_makes_no_sense_is_not_known(said: object, taken: int | None) -> None:
     """A context without a meaning in a report is unknown, so the requested one counts."""
-    loaded = loaded_of({"url": "http://127.0.0.1:1", "num_ctx": said}, ())
+    loaded = loaded_of({"url": "http://127.0.0.1:1", "num_ctx": said}, {})
     assert loaded is not None and (loaded.num_ctx, loaded.buffers) == (taken, ())
 
 

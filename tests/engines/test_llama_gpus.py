@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from fsm.domain.devices import DeviceId
 from scheduler import DoesNotFit, PythonModel, Scheduler, Settings
+from scheduler.devices import gpus as devices
 from scheduler.engines.child_process import Program
 from scheduler.engines.llama import _backends_program
 from scheduler.engines.llama_gpus import GpuBackends
@@ -19,6 +21,8 @@ from tests.support.tiny_models import write_tiny_model
 from tests.support.waiting import assert_soon
 
 GIB = 2**30
+ONE = devices.Gpu(DeviceId("GPU-a"), "card", 8 * GIB, 8 * GIB, cuda_id=True)
+CARD_OF_AMD = devices.Gpu(DeviceId("PCI-0000:03:00.0"), "card", 8 * GIB, 8 * GIB, library="ROCm")
 
 
 @contextmanager
@@ -77,7 +81,7 @@ def test_u05_llama_is_asked_once() -> None:
 
     processes = ChildLauncher()
     try:
-        backends = GpuBackends(processes, program, lambda: True)
+        backends = GpuBackends(processes, program, lambda: [ONE])
         assert [backends.usable(), backends.usable()] == [(), ()]
         assert len(asked) == 1
     finally:
@@ -86,15 +90,25 @@ def test_u05_llama_is_asked_once() -> None:
 
 def test_u05_without_gpus_llama_is_not_asked() -> None:
     """U05: where the driver shows no GPU, nothing is asked."""
-    backends = GpuBackends(ChildLauncher(), lambda: pytest.fail("it was asked"), lambda: False)
+    backends = GpuBackends(ChildLauncher(), lambda: pytest.fail("it was asked"), tuple)
     assert (backends.usable(), backends.problems) == (None, ())
 
 
-def test_u05_where_llama_does_not_tell_all_gpus_are_believed() -> None:
-    """U05: a question without an answer changes nothing: the plan goes by what the driver shows."""
+def test_u05_gpus_of_other_makers_are_not_the_wheels() -> None:
+    """U05: a GPU that only another program can be told to use gets no layers of the wheel's, which is not asked."""
+    backends = GpuBackends(ChildLauncher(), lambda: pytest.fail("it was asked"), lambda: [CARD_OF_AMD])
+    assert backends.usable() == ()
+    assert backends.problems == (
+        "llama.cpp, as it is installed, is not told to use PCI-0000:03:00.0: name a llama-server that was built for "
+        "these GPUs, by the setting llama_server",
+    )
+
+
+def test_u05_where_llama_does_not_tell_cuda_is_believed() -> None:
+    """U05: a question without an answer changes nothing: the plan goes by what NVIDIA's driver shows."""
     processes = ChildLauncher()
     try:
-        backends = GpuBackends(processes, lambda: Program(("/bin/false",), {}), lambda: True)
-        assert (backends.usable(), backends.problems) == (None, ())
+        backends = GpuBackends(processes, lambda: Program(("/bin/false",), {}), lambda: [ONE])
+        assert (backends.usable(), backends.problems) == (("CUDA",), ())
     finally:
         processes.close(5.0)

@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -18,9 +18,10 @@ from unittest.mock import Mock
 import psutil
 import pytest
 
-from fsm.domain.devices import HOST, Placement
+from fsm.domain.devices import HOST, MIB, DeviceId, Placement
 from fsm.domain.options import Options
 from scheduler import EngineMissing, EngineUnusable, InvalidModel, LoadFailed, ModelSpec, Scheduler
+from scheduler.devices.gpus import Gpu
 from scheduler.engines import llama_server_binary
 from scheduler.engines.interface import version_of
 from scheduler.engines.llama_server import LlamaServerEngine
@@ -32,25 +33,31 @@ from tests.support.real import settings
 from tests.support.tiny_models import write_tiny_model
 from tests.support.waiting import LIMIT_S
 
+NVIDIAS = Gpu(DeviceId("GPU-a"), "NVIDIA a card", 8 * MIB, 8 * MIB, vendor="NVIDIA", cuda_id=True)
 HELP = "".join(f"{name:<40}what it does\n" for name in NEEDED if name != "--flash-attn") + (
     "-fa,   --flash-attn [on|off|auto]       set Flash Attention use\n"
 )
+CUDA_LIST = "Available devices:\n  CUDA0: a card (8 MiB, 8 MiB free)\n"
 SCRIPT = """#!/bin/sh
-echo "$1" >> "$0.asked"
-case "$1" in
+echo "$*" >> "$0.asked"
+case "$*" in
 --version) echo 'version: {version}' >&2 ;;
---list-devices) printf 'Available devices:\\n  {device}: a card (8 MiB, 8 MiB free)\\n' ;;
+*--list-devices) cat "$0.devices" ;;
+*--model*) echo "$*" > "$0.probe"; cat "$0.places"; exit 1 ;;
 --help) cat "$0.help" ;;
 esac
 """
 
 
-def a_server(folder: Path, *, version: str = "9999 (abc)", help: str = HELP, device: str = "CUDA0") -> Path:
+def a_server(
+    folder: Path, *, version: str = "9999 (abc)", help: str = HELP, devices: str = CUDA_LIST, places: str = ""
+) -> Path:
     """Write a program that tells what a `llama-server` does."""
     path = folder / "llama-server"
-    path.write_text(SCRIPT.format(version=version, device=device))
+    path.write_text(SCRIPT.format(version=version))
     path.chmod(0o755)
-    path.with_name("llama-server.help").write_text(help)
+    for name, text in (("help", help), ("devices", devices), ("places", places)):
+        path.with_name(f"llama-server.{name}").write_text(text)
     return path
 
 
@@ -147,12 +154,12 @@ def test_each_request_of_an_unusable_server_gets_that_error(tmp_path: Path, mode
 def test_it_is_asked_once(tmp_path: Path, model: Path) -> None:
     """Every question is asked once, whatever is inspected, and again where the file is another one."""
     path = a_server(tmp_path)
-    engine = LlamaServerEngine(path, sees_gpus=lambda: True)
+    engine = LlamaServerEngine(path, gpus=lambda: [NVIDIAS])
     spec = ModelSpec("a", str(model))
     for _ in range(2):
         profile = engine.inspect(spec, [Options()])
         assert profile.gpu_libraries == ("CUDA",) and engine.problems == ()
-    assert len((tmp_path / "llama-server.asked").read_text().split()) == 3
+    assert len((tmp_path / "llama-server.asked").read_text().splitlines()) == 3
     before = identity_of(spec, version_of(engine, spec))
     a_server(tmp_path, version="10000 (abd)")
     assert identity_of(spec, version_of(engine, spec)) != before != identity_of(spec)
@@ -161,11 +168,12 @@ def test_it_is_asked_once(tmp_path: Path, model: Path) -> None:
 
 def test_a_server_without_a_backend_for_the_gpus_says_so(tmp_path: Path, model: Path) -> None:
     """U05: GPUs that the server cannot use are none, and `status().problems` says which backends it has."""
-    engine = LlamaServerEngine(a_server(tmp_path, device="Vulkan0"), sees_gpus=lambda: True, keeps_prompts=True)
-    assert engine.inspect(ModelSpec("a", str(model)), [Options()]).gpu_libraries == ("Vulkan",)
+    devices = "Available devices:\n  Vulkan0: AMD Radeon (8 MiB, 8 MiB free)\n"
+    engine = LlamaServerEngine(a_server(tmp_path, devices=devices), gpus=lambda: [NVIDIAS], keeps_prompts=True)
+    assert engine.inspect(ModelSpec("a", str(model)), [Options()]).gpu_libraries == ()
     engine.close()
     no_backend, no_prompts = engine.problems
-    assert "no CUDA backend (only Vulkan)" in no_backend
+    assert "cannot use GPU-a: it has Vulkan only" in no_backend
     assert "prompts are not kept" in no_prompts
 
 
@@ -182,10 +190,10 @@ REQUEST: dict[str, Any] = {
 }  # fmt: skip
 
 
-def told(help: str = HELP, **changes: Any) -> str:
+def told(help: str = HELP, gpus: Sequence[str] = (), **changes: Any) -> str:
     """Return what a server is told for a request, as one text."""
     request: Any = REQUEST | changes
-    return " ".join(["", *arguments(request, known_options(help)), ""])
+    return " ".join(["", *arguments(request, known_options(help), gpus), ""])
 
 
 def test_options_become_arguments() -> None:
@@ -200,7 +208,7 @@ def test_options_become_arguments() -> None:
         assert f" {part} " in line, part
     assert "secret" not in line and "--embeddings" not in line
     assert " --embeddings --pooling rank " in told(embedding=True, pooling="rank")
-    on_gpus = told(gpu_layers=[3, 2], flash_attention=None)
+    on_gpus = told(gpus=["CUDA0", "CUDA1"], gpu_layers=[3, 2], flash_attention=None)
     assert " --device CUDA0,CUDA1 --gpu-layers 5 --tensor-split 3,2 " in on_gpus and " --flash-attn auto " in on_gpus
 
 

@@ -87,7 +87,11 @@ def test_the_next_load_takes_the_child_over(engine: LlamaEngine, file: Path) -> 
     endpoint = told.endpoint()
     assert second.pid == spare.pid != first.pid and endpoint.key != first._key
     assert ask(endpoint, "/v1/completions", {"prompt": "ab", "max_tokens": 2})[0] == 200
-    assert spare.environ() == psutil.Process(first.pid).environ() == child_environment(os.environ, ())
+    assert (
+        spare.environ()
+        == psutil.Process(first.pid).environ()
+        == {**child_environment(os.environ), "CUDA_VISIBLE_DEVICES": ""}
+    )
     wait_until(lambda: Path(f"/proc/{spare.pid}/autogroup").read_text().strip().endswith("nice 0"))
     assert spare_of(engine) is None
     second.stop(1.0)

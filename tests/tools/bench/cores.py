@@ -95,7 +95,7 @@ def together(answers: Sequence[Callable[[], object]]) -> float:
 
 def ways(cores: int) -> dict[str, tuple[Any, ...]]:
     """Return the variants to compare: threads of each child, its environment, and llama.cpp's polling and priority."""
-    ours = {name: value for name, value in child_environment({}, ()).items() if "OMP" in name}
+    ours = {name: value for name, value in child_environment({}).items() if "OMP" in name}
     spins = {f"{cores} threads, {spins} spins": (cores, {"GOMP_SPINCOUNT": str(spins)}) for spins in (100, 1000, 3000)}
     return {
         "1 thread": (1, {}),

@@ -70,6 +70,7 @@ CHILD: Final = Path(__file__).with_name("llama_child.py")
 DRY_RUN_CHILD: Final = Path(__file__).with_name("llama_dry_run_child.py")
 ENCODER_TENSORS = ("v.", "mm.", "a.", "s.")  # beginnings of the names that encoders' tensors have in Ollama's files
 KEY_BYTES = 32
+MOST_OTHER_TOKENS = 128  # of a draft model's vocabulary, as llama.cpp has it
 MOST_MISPLACED = 16  # models that are named
 MOST_CUTS = 1024  # contexts that are remembered as logged
 
@@ -301,6 +302,7 @@ class LlamaEngine(Engine):
             if not self.has_gate:
                 raise InvalidModel(model.path, f"its adapters can be switched by {ENGINE} alone: name them as adapters")
             info = replace(info, switched=True)
+        info = _with_draft(info, model)
         asked, usable = tuple(asked), self._backends.usable()
         self._tell_of_cuts(model, info, asked)
         profile = replace(self.profile(info, asked), gpu_libraries=usable)
@@ -400,7 +402,8 @@ class LlamaEngine(Engine):
         """
         if self._prompts is None or model.embedding:
             return None
-        if reason := "a projector" if model.projectors else "adapters" if model.all_adapters else "":
+        reasons = {"a projector": model.projectors, "adapters": model.all_adapters, "a draft model": model.draft}
+        if reason := next((reason for reason, there in reasons.items() if there), ""):
             if model.name not in self._without_prompts and len(self._without_prompts) < MOST_MISPLACED:
                 self._without_prompts[model.name] = None
                 log.warning("%s: its prompts are not kept, as llama.cpp cannot save them with %s", model.name, reason)
@@ -454,6 +457,8 @@ class LlamaEngine(Engine):
             "adapters": [*((file, 1.0) for file in model.adapters), *((file, 0.0) for file in named)],
             "projector": model.projectors[0] if model.projectors else None,
             "projector_on_gpu": _has_projector_on_gpu(placement),
+            "draft": model.draft or None,
+            "draft_num_predict": explicit.draft_num_predict or 0,
             "embedding": settings.embedding,
             "pooling": settings.pooling,
             "num_ctx": _there(explicit.num_ctx),
@@ -484,6 +489,16 @@ def import_client(begun: Latch) -> None:
     if CLIENT not in sys.modules:
         begun.wait(BEGIN_S)
         importlib.import_module(CLIENT)
+
+
+def _with_draft(info: ModelInfo, model: ModelSpec) -> ModelInfo:
+    """Return what is known of a model, with its draft model; raises `InvalidModel` where they have other tokens."""
+    if not model.draft:
+        return info
+    draft = read_metadata(model.draft)
+    if draft.tokenizer != info.tokenizer or abs(draft.vocabulary - info.vocabulary) > MOST_OTHER_TOKENS:
+        raise InvalidModel(model.draft, f"it has other tokens than {model.path}, so it cannot guess its answers")
+    return replace(info, draft=draft)
 
 
 def _has_projector_on_gpu(placement: Placement) -> bool:

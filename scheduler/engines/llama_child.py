@@ -53,6 +53,8 @@ SHARE = "/proc/self/autogroup"  # share of the processors, where Linux divides t
 LOADING_NICE = 19  # a seventieth of the time of other sessions where cores are scarce; 0 is what every session has
 SHARE_PAUSE_S, SHARE_TRIES = 0.1, 100  # the kernel accepts ten changes a second from the whole machine
 MIB = 1 << 20
+ALL_LAYERS = 1 << 10
+LOOKED_FOR = 12  # last tokens that are looked for in the text, at most, to guess those that followed there
 LANDLOCK_CREATE_RULESET, LANDLOCK_RESTRICT_SELF = 444, 446  # system calls, the same on all architectures
 LANDLOCK_CONNECT_TCP = 1 << 1
 LINUX_NO_NEW_PRIVILEGES = 38  # PR_SET_NO_NEW_PRIVS
@@ -88,6 +90,8 @@ class Request(TypedDict):
     name: str  # the model's name at the server
     model: str
     adapters: list[tuple[str, float]]  # files, and by how much each is applied where a request chooses none
+    draft: str | None  # a small model that guesses tokens; where there is none, the text itself is looked through
+    draft_num_predict: int  # tokens that are guessed at once; 0: none, and the draft model is not loaded
     projector: str | None
     projector_on_gpu: bool
     embedding: bool
@@ -192,6 +196,7 @@ def parameters(library: Any, request: Request, verbosity: int) -> Any:
         if request["pooling"] is not None:
             params.pooling_type = named(library.llama_pooling_type, "LLAMA_POOLING_TYPE_", request["pooling"])
     add_files(library, params, request)
+    guess(library, params.speculative, request)
     place(params, request["gpu_layers"])
     lock_down(params, request)
     return params
@@ -210,6 +215,24 @@ def add_files(library: Any, params: Any, request: Request) -> None:
     if request["projector"] is not None:
         params.mmproj.path = request["projector"]
         params.mmproj_use_gpu = request["projector_on_gpu"]
+
+
+def guess(library: Any, params: Any, request: Request) -> None:
+    """Have tokens guessed ahead, by a draft model or by what followed the same words before; most cost no pass then."""
+    if not (most := request["draft_num_predict"]):
+        return
+    if request["draft"] is None:
+        params.types = [library.common_speculative_type.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE]
+        params.ngram_simple.size_m = most
+        params.ngram_simple.size_n = min(most, LOOKED_FOR)  # llama.cpp guesses no fewer tokens than it looks for
+        return
+    params.types = [library.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
+    params.draft.mparams.path = request["draft"]
+    params.draft.n_max = most
+    on_gpu = bool(request["gpu_layers"]) and request["projector_on_gpu"]
+    params.draft.n_gpu_layers = ALL_LAYERS if on_gpu else 0
+    if on_gpu:
+        params.draft.devices = "CUDA0"
 
 
 def place(params: Any, gpu_layers: list[int]) -> None:

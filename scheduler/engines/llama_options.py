@@ -38,6 +38,7 @@ CACHE_BLOCK = 32  # elements of a block, the same for every cache type; heads ar
 UNQUANTISED = frozenset({"f32", "f16", "bf16"})  # cache types that every model can have
 # Types whose matrices llama.cpp reorders on x86-64 as it loads them, by gguf's names; all other types stay as they are.
 REPACKED = frozenset({"IQ4_NL", "MXFP4", "Q4_0", "Q4_K"})
+USUAL_DRAFT = 4  # tokens that a draft model guesses at once, unless a request says otherwise
 CACHE_CELLS = 256  # llama.cpp rounds the cache of a slot up to a multiple of this, tokens
 
 
@@ -50,10 +51,11 @@ class Shape:
     batch: int  # tokens of a prompt that are computed at once
     micro_batch: int  # tokens of one pass
     cells: int  # tokens that one slot's cache can hold
+    outputs: int  # tokens of a pass whose logits are read: of each slot the last, and those that are guessed
 
 
 def resolve(info: ModelInfo, options: Options, defaults: Options = AUTOMATIC) -> Options:
-    """Return options with explicit values where the engine would choose: context, batch, slots and cache types.
+    """Return options with explicit values where the engine would choose: context, batch, slots, cache types and drafts.
 
     The context is at least 4 tokens (2048 for a vision model) and at most the context that the model was trained with.
     A batch is at least 2 tokens, and as many as there are slots. An embedder has one slot, and its batch holds a whole
@@ -72,7 +74,19 @@ def resolve(info: ModelInfo, options: Options, defaults: Options = AUTOMATIC) ->
         num_parallel=shape.parallel,
         cache_type_k=options.cache_type_k or "f16",
         cache_type_v=options.cache_type_v or "f16",
+        draft_num_predict=_drafted(info, options),
     )
+
+
+def _drafted(info: ModelInfo, options: Options) -> int:
+    """Return how many tokens are guessed ahead: by default `USUAL_DRAFT` where there is a model for it, else none.
+
+    A model that sees has none, since llama.cpp guesses none behind images.
+    """
+    if info.embedding or info.projectors_bytes:
+        return 0
+    named = options.draft_num_predict
+    return named if named is not None else USUAL_DRAFT if info.draft is not None else 0
 
 
 def _with_defaults(info: ModelInfo, options: Options, defaults: Options) -> Options:
@@ -158,7 +172,8 @@ def shape_of(info: ModelInfo, options: Options) -> Shape:
         batch = min(batch, context * parallel, LARGEST_MICRO_BATCH if info.embedding else batch)
     batch = max(LEAST_BATCH, parallel, batch)
     micro_batch = batch if info.embedding else min(batch, LARGEST_MICRO_BATCH)
-    return Shape(context, parallel, batch, micro_batch, padded(context))
+    outputs = min(batch, parallel * (1 + _drafted(info, options)))
+    return Shape(context, parallel, batch, micro_batch, padded(context), outputs)
 
 
 def padded(tokens: int) -> int:

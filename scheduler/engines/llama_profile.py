@@ -21,6 +21,7 @@ from scheduler.engines.llama_sizing import (
     CHECKPOINTS,
     MOST_TOLD_SLOTS,
     EngineSizes,
+    draft_bytes,
     estimate,
     images_bytes,
     results_bytes,
@@ -93,6 +94,7 @@ def profile_of(
     for which the formulas are known to hold.
     """
     files_bytes = info.file_bytes + info.adapters_bytes + info.projectors_bytes
+    files_bytes += info.draft.file_bytes if info.draft is not None else 0
     resolutions = tuple(_resolution(info, options, defaults, larger_contexts, told) for options in asked)
     explicit = resolve(info, AUTOMATIC, defaults)
     usual = Options(num_ctx=explicit.num_ctx, num_parallel=explicit.num_parallel)
@@ -182,7 +184,7 @@ def _with_sizes(info: ModelInfo, options: Options, told: Told | None) -> Resolve
         use_mmap=use_mmap,
         use_mmap_on_host=use_mmap_on_host,
         pooling=_told_pooling(info),
-        projector_work_bytes=footprint.projectors_bytes - info.projectors_bytes,
+        projector_work_bytes=footprint.projectors_bytes - info.projectors_bytes - draft_bytes(info, options),
         kept_bytes=footprint.prompt_cache_bytes
         + footprint.checkpoints_bytes
         + work_bytes(info, options)

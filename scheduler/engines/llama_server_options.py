@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
+from scheduler.engines.llama_child import LOOKED_FOR
+
 if TYPE_CHECKING:
     from scheduler.engines.llama_child import Request
 
@@ -57,7 +59,10 @@ def arguments(request: Request, known: Mapping[str, tuple[str, ...]], gpus: Sequ
 
     Raises ValueError for a value that the server does not know, or that it would take for several.
     """
-    return [*_sizes(request, known), *_files(request, known), *_place(request, known, gpus), *_locked_down(known)]
+    return [
+        *_sizes(request, known), *_files(request, known), *_guesses(request, known, gpus),
+        *_place(request, known, gpus), *_locked_down(known),
+    ]  # fmt: skip
 
 
 def _sizes(request: Request, known: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
@@ -98,6 +103,21 @@ def _files(request: Request, known: Mapping[str, object]) -> Iterator[str]:
         yield from ("--load-mode", "mmap" if use_mmap else "none")
     elif use_mmap is False:
         yield "--no-mmap"
+
+
+def _guesses(request: Request, known: Mapping[str, object], gpus: Sequence[str]) -> Iterator[str]:
+    """Yield how tokens are guessed ahead; raises ValueError for a server that is too old for it."""
+    if not (most := request["draft_num_predict"]):
+        return
+    if "--spec-type" not in known:
+        raise ValueError("this llama-server is too old to guess tokens ahead: leave draft_num_predict out")
+    if request["draft"] is None:
+        yield from ("--spec-type", "ngram-simple", "--spec-ngram-simple-size-m", str(most))
+        yield from ("--spec-ngram-simple-size-n", str(min(most, LOOKED_FOR)))
+        return
+    on_gpu = bool(request["gpu_layers"]) and request["projector_on_gpu"]
+    yield from ("--spec-type", "draft-simple", "--spec-draft-model", request["draft"], "--spec-draft-n-max", str(most))
+    yield from ("--spec-draft-device", gpus[0] if on_gpu else "none", "--spec-draft-ngl", "all" if on_gpu else "0")
 
 
 def _place(request: Request, known: Mapping[str, object], gpus: Sequence[str]) -> Iterator[str]:

@@ -140,7 +140,7 @@ def estimate(info: ModelInfo, options: Options, told: EngineSizes | None = None)
             caches_bytes=_told_caches_bytes(info, told),
             checkpoints_bytes=_told_checkpoints_bytes(info, told),
             compute_bytes=told.compute_bytes,
-            projectors_bytes=max(footprint.projectors_bytes, told.projector_bytes),
+            projectors_bytes=max(info.projectors_bytes, told.projector_bytes) + draft_bytes(info, options),
         )
     return replace(footprint, prompt_cache_bytes=_prompt_cache_bytes(info, footprint))
 
@@ -182,6 +182,36 @@ def _told_checkpoints_bytes(info: ModelInfo, told: EngineSizes) -> int:
     return CHECKPOINTS * copy_bytes
 
 
+def draft_bytes(info: ModelInfo, options: Options) -> int:
+    """Return the bytes that a draft model takes where it computes: weights, a cache of all slots, compute buffers.
+
+    Its cache has as many cells as the model's own, and 16-bit values; llama.cpp computes it in the same passes.
+    """
+    if (draft := info.draft) is None or not options.draft_num_predict:
+        return 0
+    options, shape = replace(options, cache_type_k="f16", cache_type_v="f16"), _draft_shape(info, options)
+    weights_bytes = sum(draft.layers_bytes) + draft.input_bytes + draft.output_bytes
+    caches_bytes = sum(_caches_bytes(draft, options, shape)) + _checkpoints_bytes(draft, options, shape)
+    return weights_bytes + caches_bytes + _compute_bytes(draft, options, shape)
+
+
+def _draft_process_bytes(info: ModelInfo, options: Options) -> int:
+    """Return the bytes of a draft model's tokenizer and of its results, on the host."""
+    if (draft := info.draft) is None or not options.draft_num_predict:
+        return 0
+    return _process_bytes(draft) - PROCESS_BYTES + _results_bytes(draft, _draft_shape(info, options))
+
+
+def _draft_shape(info: ModelInfo, options: Options) -> Shape:
+    """Return the sizes of a draft model: those of its model, but that of each slot one token is read."""
+    shape = shape_of(info, options)
+    return replace(shape, outputs=shape.parallel)
+
+
+def _draft_repacked_bytes(info: ModelInfo, options: Options) -> int:
+    return 0 if info.draft is None or not options.draft_num_predict else _repacked_bytes(info.draft, options)
+
+
 def _prompt_cache_bytes(info: ModelInfo, rest: Footprint) -> int:
     if info.embedding or info.switched:  # llama.cpp would take a prompt that was computed with other adapters
         return 0
@@ -195,16 +225,17 @@ def _without_prompt_cache(info: ModelInfo, options: Options) -> Footprint:
         weights_bytes=info.layers_bytes,
         caches_bytes=_caches_bytes(info, options, shape),
         output_bytes=info.output_bytes + info.adapters_bytes,
-        projectors_bytes=info.projectors_bytes,
+        projectors_bytes=info.projectors_bytes + draft_bytes(info, options),
         compute_bytes=_compute_bytes(info, options, shape),
         input_bytes=info.input_bytes,
         process_bytes=_process_bytes(info)
         + _results_bytes(info, shape)
         + _work_bytes(info, options, shape)
-        + images_bytes(info),
+        + images_bytes(info)
+        + _draft_process_bytes(info, options),
         step_bytes=info.step_bytes if shape.micro_batch >= COPIED_BATCH else 0,
         checkpoints_bytes=_checkpoints_bytes(info, options, shape),
-        repacked_bytes=_repacked_bytes(info, options),
+        repacked_bytes=_repacked_bytes(info, options) + _draft_repacked_bytes(info, options),
         output_copy_bytes=info.token_embd_bytes if info.tied else 0,
         inputs_bytes=_inputs_bytes(info, options, shape),
     )
@@ -284,7 +315,7 @@ def _compute_bytes(info: ModelInfo, options: Options, shape: Shape) -> int:
         _recurrent_floats(info, shape),
         5 * info.embedding_length + info.vocabulary if computes_every_logit(info) else 0,
     )
-    logits_bytes = FLOAT_BYTES * shape.parallel * info.vocabulary  # of the last token of each slot
+    logits_bytes = FLOAT_BYTES * shape.outputs * info.vocabulary
     widest_bytes = max(shape.micro_batch * FLOAT_BYTES * floats, logits_bytes)
     return widest_bytes + shape.micro_batch * _mask_bytes(info, options, shape)
 
@@ -362,12 +393,12 @@ def _process_bytes(info: ModelInfo) -> int:
 
 
 def _results_bytes(info: ModelInfo, shape: Shape) -> int:
-    """Return the bytes of the result buffer: logits by slot, or an embedder's logits and embeddings by token of a pass.
+    """Return the bytes of the result buffer: logits that are read, or an embedder's logits and embeddings by token.
 
     The buffer has cleared room for logits even where none are computed, as in an encoder.
     """
     if not info.embedding:
-        return FLOAT_BYTES * info.vocabulary * shape.parallel
+        return FLOAT_BYTES * info.vocabulary * shape.outputs
     return FLOAT_BYTES * (info.vocabulary + info.embedding_length) * shape.micro_batch
 
 

@@ -33,7 +33,7 @@ _SIMPLE: Mapping[str, str] = {
         dimensions dry_allowed_length dry_penalty_last_n max_completion_tokens max_output_tokens max_tokens
         max_tool_calls min_keep mirostat n n_cmpl n_discard n_indent n_keep n_predict n_probs priority
         reasoning_budget_tokens repeat_last_n runner seed t_max_predict_ms thinking_budget_tokens top_k top_logprobs
-        top_n num_ctx num_batch num_gpu main_gpu num_thread num_parallel
+        top_n num_ctx num_batch num_gpu main_gpu num_thread num_parallel draft_num_predict
     """,
     "number": """
         dry_base dry_multiplier dynatemp_exponent dynatemp_range frequency_penalty min_p mirostat_eta mirostat_tau

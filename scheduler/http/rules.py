@@ -15,6 +15,7 @@ from scheduler.runtime.request_parser import AcquireOptions, check_option
 
 _LOADING = """
     num_ctx num_batch num_gpu main_gpu num_thread num_parallel use_mmap flash_attention cache_type_k cache_type_v
+    draft_num_predict
 """
 LOAD_OPTIONS = frozenset(_LOADING.split())
 TIMING = ("keep_alive", "priority", "timeout")

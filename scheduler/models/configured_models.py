@@ -16,7 +16,7 @@ from scheduler.models.model_spec import ModelSpec
 _FILES = ("adapters", "projectors")
 _KEYS = (
     "path", "base", "aliases", "options", "keep_alive", "pin", "priority", "devices", "max_leases", "embedding",
-    "named_adapters", "adapter",
+    "named_adapters", "adapter", "draft",
 )  # fmt: skip
 _OPTIONS = tuple(each.name for each in fields(Options) if each.name != "devices")
 
@@ -72,6 +72,8 @@ def configured_model(name: str, values: Mapping[str, Any], folder: Path) -> Conf
     for key in _FILES:
         if key in changes:
             changes[key] = tuple(_seen_from(folder, file) for file in _texts(key, changes[key]))
+    if "draft" in changes:
+        changes["draft"] = _seen_from(folder, _texts("draft", changes["draft"])[0])
     if isinstance(named := changes.get("named_adapters"), Mapping):
         found = {adapter: _texts(f"named_adapters.{adapter}", file)[0] for adapter, file in named.items()}
         changes["named_adapters"] = {adapter: _seen_from(folder, file) for adapter, file in found.items()}

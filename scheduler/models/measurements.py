@@ -104,7 +104,7 @@ def identity_of(model: object, engine_version: str = "") -> Identity | None:
         found = [os.stat(path) for path in model.files]
     except (OSError, ValueError):
         return None
-    files = [model.path, model.all_adapters, model.projectors, model.embedding]
+    files = [model.path, model.all_adapters, model.projectors, model.embedding, *([model.draft] if model.draft else [])]
     state = [
         *((each.st_size, each.st_mtime_ns) for each in found),
         engine_version or installed_version("xllamacpp"),

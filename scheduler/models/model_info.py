@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class ModelInfo:
     adapters_bytes: int = 0  # sizes of the files beside the model's own
     switched: bool = False  # requests choose among its adapters
     projectors_bytes: int = 0
+    draft: Self | None = None  # of a small model that guesses tokens ahead of this one
     image_bytes: int = 0  # of the largest image that a projector takes at once, as 32-bit floats; 0: unknown
     tied: bool = False  # the token embeddings are the output matrix too
     token_embd_bytes: int = 0

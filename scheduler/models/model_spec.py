@@ -28,11 +28,11 @@ MOST_PARTS = 1024  # of a split file; the largest models have about a hundred
 class ModelSpec:
     """A model under a name, with the defaults of its requests.
 
-    The real file that `path` leads to, the real files of adapters and projectors, the names of adapters, `embedding`
-    and `llama_server` are its identity: requests that agree on these share one runner, whatever names and symbolic
-    links they used. A hard link is a file of its own. `options` are the load-time options of requests that name none;
-    `keep_alive` is a duration ("5m", seconds; negative: for ever). Raises `InvalidSettings` or `UnsupportedOption` for
-    an argument of a wrong type, and `InvalidModel` for a path that is not UTF-8.
+    The real file that `path` leads to, the real files of adapters, projectors and draft, the names of adapters,
+    `embedding` and `llama_server` are its identity: requests that agree on these share one runner, whatever names and
+    symbolic links they used. A hard link is a file of its own. `options` are the load-time options of requests that
+    name none; `keep_alive` is a duration ("5m", seconds; negative: for ever). Raises `InvalidSettings` or
+    `UnsupportedOption` for an argument of a wrong type, and `InvalidModel` for a path that is not UTF-8.
     """
 
     name: str
@@ -52,6 +52,7 @@ class ModelSpec:
         default_factory=dict
     )  # LoRA files by name, each applied where it is chosen
     adapter: ChosenAdapters = field(default_factory=dict)  # chosen where a request names none
+    draft: str = ""  # the file of a small model that guesses tokens ahead of this one; empty: none
     manifest: str = field(default="", compare=False)  # of a model in Ollama's store: the file that names its parts
     id: ModelId = field(init=False)  # the same for specs of the same identity; links are followed when the spec is made
 
@@ -65,6 +66,9 @@ class ModelSpec:
         object.__setattr__(self, "projectors", _several("projectors", self.projectors))
         object.__setattr__(self, "named_adapters", _named(self.named_adapters))
         object.__setattr__(self, "adapter", chosen_adapters(self.adapter, self.named_adapters))
+        if self.draft:
+            check_text("draft", fspath(self.draft) if isinstance(self.draft, PathLike) else self.draft)
+            object.__setattr__(self, "draft", _absolute(self.draft))
         if self.llama_server:
             object.__setattr__(self, "llama_server", str(program("llama_server", self.llama_server)))
         check_name(self.name)
@@ -80,6 +84,7 @@ class ModelSpec:
         parts = [_real(self.path), *map(_real, self.adapters)]
         parts += [f"adapter {name}:{_real(file)}" for name, file in self.named_adapters.items()]
         parts += [f"projector:{_real(name)}" for name in self.projectors]
+        parts += [f"draft:{_real(self.draft)}"] if self.draft else []
         parts += ["embedding"] if self.embedding else []
         parts += [f"llama-server:{_real(self.llama_server)}"] if self.llama_server else []
         # no part begins with the separator, so that a doubled one inside a path cannot be taken for it
@@ -87,12 +92,12 @@ class ModelSpec:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The files that a load reads, in order: the model's own with all its parts, then adapters and projectors."""
+        """The files that a load reads, in order: the model's own with all its parts, then all others."""
         own = [self.path]
         if split := FIRST_PART.search(self.path):
             stem, count = self.path[: split.start()], int(split[1])
             own += [f"{stem}-{part:05}-of-{count:05}.gguf" for part in range(2, min(count, MOST_PARTS) + 1)]
-        return (*own, *self.all_adapters, *self.projectors)
+        return (*own, *self.all_adapters, *self.projectors, *([self.draft] if self.draft else []))
 
     @property
     def all_adapters(self) -> tuple[str, ...]:
@@ -123,6 +128,7 @@ class ModelSpec:
             adapters=tuple(map(_real, self.adapters)),
             named_adapters={name: _real(file) for name, file in self.named_adapters.items()},
             projectors=tuple(map(_real, self.projectors)),
+            draft=_real(self.draft) if self.draft else "",
         )
 
 

@@ -35,4 +35,5 @@ class PastReferences:
 
 def is_there(model: ModelSpec) -> bool:
     """Return whether every file of a model is there, as far as it is named: not the further parts of a split file."""
-    return all(map(os.path.exists, (model.path, *model.all_adapters, *model.projectors)))
+    beside = (*model.all_adapters, *model.projectors, *([model.draft] if model.draft else []))
+    return all(map(os.path.exists, (model.path, *beside)))

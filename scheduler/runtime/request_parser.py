@@ -54,6 +54,7 @@ class RequestOptions(TypedDict, total=False):
     flash_attention: bool | None
     cache_type_k: str | None  # f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl
     cache_type_v: str | None
+    draft_num_predict: int | None  # tokens that are guessed ahead of the model, at most; 0: none
     devices: Sequence[str] | None  # ids of the GPUs that layers may go to
     require_gpu: bool | None  # place the model whole on GPUs, or refuse the request
 
@@ -88,10 +89,12 @@ _IDENTITY = ("adapters", "projectors", "embedding")  # keywords that name anothe
 _NO_OPTIONS = frozenset({*_IDENTITY, *_TIMING, "adapter"})  # keywords that are no load-time options
 _KINDS: dict[str, type] = {
     **dict.fromkeys(("num_ctx", "num_batch", "num_thread", "num_parallel", "num_gpu", "main_gpu"), int),
+    "draft_num_predict": int,
     **dict.fromkeys(("use_mmap", "flash_attention", "require_gpu"), bool),
     **dict.fromkeys(("cache_type_k", "cache_type_v"), str),
 }
 _POSITIVE = frozenset({"num_ctx", "num_batch", "num_thread", "num_parallel"})
+MOST_DRAFTED = 64  # tokens at once
 _KNOWN_QUESTIONS = 4096  # parsed requests that are kept; beyond it all are dropped
 
 
@@ -284,21 +287,8 @@ def _kind(model: Model) -> str:
 def _references(model: str | os.PathLike[str] | ModelSpec, identity: Mapping[str, object]) -> list[Reference]:
     """Return what tells a reference from others: what it counts as now, then what it may have counted as before."""
     if isinstance(model, ModelSpec):
-        return [
-            (
-                model.path,
-                repr(
-                    (
-                        model.adapters,
-                        model.named_adapters,
-                        model.projectors,
-                        model.embedding,
-                        model.llama_server,
-                        identity,
-                    )
-                ),
-            )
-        ]
+        files = model.adapters, model.named_adapters, model.projectors, model.draft
+        return [(model.path, repr((files, model.embedding, model.llama_server, identity)))]
     text, rest = os.fspath(model), repr(identity)
     path = os.path.abspath(os.path.expanduser(text))
     if not isinstance(model, str) or is_path(text):
@@ -328,6 +318,8 @@ def check_option(name: str, value: object) -> None:
         raise UnsupportedOption(name, value, f"it must be of type {kind.__name__}")
     if name in _POSITIVE and value < 1:  # type: ignore[operator]  # it is an int
         raise UnsupportedOption(name, value, "it must be at least 1")
+    if name == "draft_num_predict" and not 0 <= value <= MOST_DRAFTED:  # type: ignore[operator]  # it is an int
+        raise UnsupportedOption(name, value, f"it must be from 0 to {MOST_DRAFTED}")
     if kind is int and abs(value) >= LARGEST_NUMBER:  # type: ignore[arg-type]  # it is an int
         raise UnsupportedOption(name, value, "it must be between -2**63 and 2**63")
     if kind is str and value not in CACHE_TYPES:

@@ -212,10 +212,10 @@ def test_prompts_that_are_forgotten_while_they_are_saved_leave_nothing(
     wait_until(lambda: not files(store))
 
 
-def test_a_model_with_a_projector_or_adapters_is_said_to_keep_none(
+def test_a_model_with_a_file_beside_it_is_said_to_keep_none(
     engine: LlamaEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """llama.cpp saves no slot beside a projector, and no scale of adapters: that is said once, and none is kept."""
+    """llama.cpp saves no slot beside a projector, and nothing of adapters and drafts: that is said once."""
     model = write_tiny_model(tmp_path / "sees.gguf", sees=True, context=2048)
     spec = ModelSpec("sees", str(model), projectors=(str(write_projector(tmp_path / "projector.gguf", 64, 256)),))
     for _ in range(2):
@@ -223,8 +223,9 @@ def test_a_model_with_a_projector_or_adapters_is_said_to_keep_none(
         process = start(engine, spec, Options(num_ctx=2048, num_parallel=1, num_thread=1), ON_HOST, told)
         end(process, told)
     assert engine._prompts_of(ModelSpec("adapted", str(model), adapters=("a.gguf",)), TWO_SLOTS) is None
+    assert engine._prompts_of(ModelSpec("guessed", str(model), draft="a.gguf"), TWO_SLOTS) is None
     said = [each.getMessage() for each in caplog.records]
-    ways = (("sees", "a projector"), ("adapted", "adapters"))
+    ways = (("sees", "a projector"), ("adapted", "adapters"), ("guessed", "a draft model"))
     assert said == [
         f"{name}: its prompts are not kept, as llama.cpp cannot save them with {what}" for name, what in ways
     ]

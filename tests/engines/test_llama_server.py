@@ -184,6 +184,7 @@ REQUEST: dict[str, Any] = {
     "parent": 1, "library": None, "key": "secret", "name": "a,b", "model": "/m.gguf",
     "adapters": [("/l1.gguf", 1.0), ("/l2.gguf", 1.0)],
     "projector": "/p.gguf", "projector_on_gpu": False, "embedding": False, "pooling": None, "num_ctx": 512,
+    "draft": None, "draft_num_predict": 0,
     "num_parallel": 2, "num_batch": 64, "num_micro_batch": 32, "prompt_cache_mib": 7, "num_checkpoints": 3,
     "num_thread": 2, "num_thread_prompt": 4, "use_mmap": False, "flash_attention": True, "cache_type_k": "q8_0",
     "cache_type_v": "f16", "holds_back": False, "gpu_layers": [], "prompts": None, "engine_key": None,
@@ -210,6 +211,21 @@ def test_options_become_arguments() -> None:
     assert " --embeddings --pooling rank " in told(embedding=True, pooling="rank")
     on_gpus = told(gpus=["CUDA0", "CUDA1"], gpu_layers=[3, 2], flash_attention=None)
     assert " --device CUDA0,CUDA1 --gpu-layers 5 --tensor-split 3,2 " in on_gpus and " --flash-attn auto " in on_gpus
+
+
+def test_tokens_are_guessed_as_the_wheel_guesses_them() -> None:
+    """By a draft model, on the host or on the first GPU, or by the text itself; a server that cannot says so."""
+    newer = HELP + "--spec-type TYPES   which\n"
+    line = told(newer, draft_num_predict=4, draft="/d.gguf")
+    assert " --spec-type draft-simple --spec-draft-model /d.gguf --spec-draft-n-max 4 --spec-draft-device none " in line
+    there: dict[str, Any] = {"gpu_layers": [3], "projector": None, "projector_on_gpu": True}
+    on_gpu = told(newer, ["Vulkan0"], draft_num_predict=4, draft="/d.gguf", **there)
+    assert " --spec-draft-device Vulkan0 --spec-draft-ngl all " in on_gpu
+    line = told(newer, draft_num_predict=20)
+    assert " --spec-type ngram-simple --spec-ngram-simple-size-m 20 --spec-ngram-simple-size-n 12 " in line
+    assert "--spec" not in told(newer, draft="/d.gguf")
+    with pytest.raises(ValueError, match="too old to guess"):
+        told(draft_num_predict=4)
 
 
 def test_newer_servers_are_told_more() -> None:

@@ -24,6 +24,7 @@ class Options:
     cache_type_k: str | None = None  # the name of a type of the engine
     cache_type_v: str | None = None
     draft_num_predict: int | None = None  # tokens that are guessed ahead of the model, at most; 0: none
+    context_shift: bool | None = None  # a full context gives up its older half, and the answer goes on
     devices: tuple[str, ...] | None = None  # ids of the GPUs that layers may go to
     require_gpu: bool | None = None  # whole on GPUs or refused; a setting may demand it for all models
 

@@ -102,6 +102,7 @@ def serves(loaded: Options, asked: Options, usual: Options = AUTOMATIC) -> bool:
         and asked.cache_type_k in (None, loaded.cache_type_k)
         and asked.cache_type_v in (None, loaded.cache_type_v)
         and asked.draft_num_predict in (None, loaded.draft_num_predict)
+        and asked.context_shift in (None, loaded.context_shift)
     )
 
 

@@ -459,6 +459,7 @@ class LlamaEngine(Engine):
             "projector_on_gpu": _has_projector_on_gpu(placement),
             "draft": model.draft or None,
             "draft_num_predict": explicit.draft_num_predict or 0,
+            "context_shift": bool(explicit.context_shift),
             "embedding": settings.embedding,
             "pooling": settings.pooling,
             "num_ctx": _there(explicit.num_ctx),

@@ -54,6 +54,7 @@ LOADING_NICE = 19  # a seventieth of the time of other sessions where cores are 
 SHARE_PAUSE_S, SHARE_TRIES = 0.1, 100  # the kernel accepts ten changes a second from the whole machine
 MIB = 1 << 20
 ALL_LAYERS = 1 << 10
+MOST_CONTEXTS = 10  # of an answer without a limit of its own, where a context never ends: some models would not either
 LOOKED_FOR = 12  # last tokens that are looked for in the text, at most, to guess those that followed there
 LANDLOCK_CREATE_RULESET, LANDLOCK_RESTRICT_SELF = 444, 446  # system calls, the same on all architectures
 LANDLOCK_CONNECT_TCP = 1 << 1
@@ -92,6 +93,7 @@ class Request(TypedDict):
     adapters: list[tuple[str, float]]  # files, and by how much each is applied where a request chooses none
     draft: str | None  # a small model that guesses tokens; where there is none, the text itself is looked through
     draft_num_predict: int  # tokens that are guessed at once; 0: none, and the draft model is not loaded
+    context_shift: bool
     projector: str | None
     projector_on_gpu: bool
     embedding: bool
@@ -184,6 +186,9 @@ def parameters(library: Any, request: Request, verbosity: int) -> Any:
     params.n_ubatch = request["num_micro_batch"]
     params.cache_ram_mib = request["prompt_cache_mib"]
     params.n_ctx_checkpoints = request["num_checkpoints"]
+    if request["context_shift"]:
+        params.ctx_shift = True
+        params.n_predict = MOST_CONTEXTS * request["num_ctx"]
     params.kv_unified = False  # each slot has cells of its own: its context does not depend on the other slots
     params.load_mode = load_mode(library, request["use_mmap"])
     params.flash_attn_type = flash_attention(library, request["flash_attention"])

@@ -38,6 +38,7 @@ CACHE_BLOCK = 32  # elements of a block, the same for every cache type; heads ar
 UNQUANTISED = frozenset({"f32", "f16", "bf16"})  # cache types that every model can have
 # Types whose matrices llama.cpp reorders on x86-64 as it loads them, by gguf's names; all other types stay as they are.
 REPACKED = frozenset({"IQ4_NL", "MXFP4", "Q4_0", "Q4_K"})
+WITHOUT_SHIFT = ("deepseek", "step35")  # beginnings of architectures
 USUAL_DRAFT = 4  # tokens that a draft model guesses at once, unless a request says otherwise
 CACHE_CELLS = 256  # llama.cpp rounds the cache of a slot up to a multiple of this, tokens
 
@@ -55,7 +56,7 @@ class Shape:
 
 
 def resolve(info: ModelInfo, options: Options, defaults: Options = AUTOMATIC) -> Options:
-    """Return options with explicit values where the engine would choose: context, batch, slots, cache types and drafts.
+    """Return options with explicit values where the engine would choose.
 
     The context is at least 4 tokens (2048 for a vision model) and at most the context that the model was trained with.
     A batch is at least 2 tokens, and as many as there are slots. An embedder has one slot, and its batch holds a whole
@@ -75,7 +76,20 @@ def resolve(info: ModelInfo, options: Options, defaults: Options = AUTOMATIC) ->
         cache_type_k=options.cache_type_k or "f16",
         cache_type_v=options.cache_type_v or "f16",
         draft_num_predict=_drafted(info, options),
+        context_shift=bool(options.context_shift) and can_shift(info),
     )
+
+
+def can_shift(info: ModelInfo) -> bool:
+    """Tell whether llama.cpp can move what is behind a part of a context that it gives up.
+
+    It can where every layer keeps each token by one position: not with windows, states, images or latent attention.
+    """
+    if info.embedding or info.vision or info.projectors_bytes or any(info.sliding_layers) or any(info.recurrent_layers):
+        return False
+    if info.draft is not None and not can_shift(info.draft):
+        return False
+    return not info.architecture.startswith(WITHOUT_SHIFT) and "vl" not in info.architecture
 
 
 def _drafted(info: ModelInfo, options: Options) -> int:

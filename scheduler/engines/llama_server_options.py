@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
-from scheduler.engines.llama_child import LOOKED_FOR
+from scheduler.engines.llama_child import LOOKED_FOR, MOST_CONTEXTS
 
 if TYPE_CHECKING:
     from scheduler.engines.llama_child import Request
@@ -76,6 +76,8 @@ def _sizes(request: Request, known: Mapping[str, tuple[str, ...]]) -> Iterator[s
         yield from _chosen(option, value, known)
     used = request["flash_attention"]
     yield from ("--flash-attn", "auto" if used is None else "on" if used else "off")
+    if request["context_shift"]:
+        yield from ("--context-shift", "--n-predict", str(MOST_CONTEXTS * request["num_ctx"]))
     if "--cache-ram" in known:
         yield from ("--cache-ram", str(request["prompt_cache_mib"]))
     checkpoints = next((name for name in ("--ctx-checkpoints", "--swa-checkpoints") if name in known), None)

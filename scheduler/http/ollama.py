@@ -6,11 +6,13 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
-from fsm.domain.options import AUTOMATIC
+import httpx2
+
 from scheduler.api.lease import Lease
 from scheduler.errors.exceptions import EngineError, ModelNotFound, UnsupportedOption
 from scheduler.http.errors import ErrorAnswer
@@ -27,6 +29,7 @@ from scheduler.http.ollama_translation import (
     line_of,
     options_of,
 )
+from scheduler.http.ollama_truncate import Ask, shortened, tokens_of
 from scheduler.http.protocol import Waiting
 from scheduler.http.protocol_module import Body, Endpoint, Respond
 from scheduler.http.runner_routes import Call, RunnerRoute, scheduling_of
@@ -91,11 +94,12 @@ async def _talk(
         await exchange.while_connected(_load(service, exchange, shape, call))
         return
     call = replace(call, path=question.path, content=lambda spec: _content(question, spec))
-    await exchange.while_connected(_answer(service, exchange, shape, call, question.needs, began))
+    truncate = asked.get("truncate") is not False
+    await exchange.while_connected(_answer(service, exchange, shape, call, question.needs, began, truncate))
 
 
 async def _answer(
-    service: Service, exchange: Exchange, shape: Shape, call: Call, needs: frozenset[str], began: float
+    service: Service, exchange: Exchange, shape: Shape, call: Call, needs: frozenset[str], began: float, truncate: bool
 ) -> None:
     if needs:
         card = await service.files.card(await service.find(call.model))
@@ -103,7 +107,7 @@ async def _answer(
             raise UnsupportedOption("model", call.model, f"it does not support {need}")
     async with service.lease(exchange, call, PROTOCOL) as (spec, lease):
         reply = Reply(shape, call.model, began, time.monotonic() - began)
-        async with service.answer(exchange, call, PROTOCOL, call.content(spec), lease) as response:
+        async with _response(service, exchange, call, spec, lease, truncate) as response:
             async for event in events_of(response.aiter_raw()):
                 line = reply.feed(event)
                 if line is not None and call.streamed:
@@ -111,6 +115,26 @@ async def _answer(
                     await exchange.write(as_json(line) + b"\n")
     exchange.notes["tokens_in"], exchange.notes["tokens_out"] = reply.tokens_in, reply.tokens_out
     await _respond(service, exchange, call, reply.last(whole=not call.streamed))
+
+
+@asynccontextmanager
+async def _response(
+    service: Service, exchange: Exchange, call: Call, spec: ModelSpec, lease: Lease, truncate: bool
+) -> AsyncIterator[httpx2.Response]:
+    """Yield the runner's answer; a prompt that its context does not hold is shortened first, where that is wanted."""
+    content = call.content(spec)
+    async with AsyncExitStack() as stack:
+        try:
+            response = await stack.enter_async_context(service.answer(exchange, call, PROTOCOL, content, lease))
+        except EngineError as error:
+            if not truncate or error.status != 400:
+                raise
+            context, ask = await _context(service, lease), _asker(service, exchange, call, lease)
+            body = await shortened(call.path, json.loads(content), context, ask)
+            if body is None:
+                raise
+            response = await stack.enter_async_context(service.answer(exchange, call, PROTOCOL, body_of(body), lease))
+        yield response
 
 
 async def _load(service: Service, exchange: Exchange, shape: Shape, call: Call) -> None:
@@ -150,6 +174,8 @@ def _call(asked: Mapping[str, Any], exchange: Exchange, *, streams: bool = True)
     loading, sampling = options_of(asked)
     timing = {name: asked.get(name) for name in ("priority", "timeout", "adapter")}
     timing["keep_alive"] = keep_alive_of(asked)
+    if asked.get("shift") is not None:
+        loading["context_shift"] = asked["shift"]
     asking, patience_s = scheduling_of({**timing, "options": loading}, exchange.headers)
     streamed = streams and asked.get("stream") is not False
     call = Call(
@@ -241,22 +267,9 @@ async def _post_cut(
     service: Service, exchange: Exchange, call: Call, lease: Lease, texts: Sequence[str], parameters: Mapping[str, int]
 ) -> Any:
     """Return what the engine answers for the beginnings of texts: as much of each as the context holds."""
-    status = await asyncio.to_thread(service.scheduler.status)
-    options = next((one.options for one in status.runners if one.id == lease.runner), AUTOMATIC)
-    tokens = [await _tokens(service, exchange, call, lease, text) for text in texts]
-    cut = [_cut_tokens(*each, options.num_ctx) for each in tokens]
+    context, ask = await _context(service, lease), _asker(service, exchange, call, lease)
+    cut = [_cut_tokens(*await tokens_of(ask, text), context) for text in texts]
     return await _post(service, exchange, call, lease, {"input": cut, **parameters})
-
-
-async def _tokens(service: Service, exchange: Exchange, call: Call, lease: Lease, text: str) -> tuple[list[int], int]:
-    """Return the tokens of a text, with those that the model puts around each text, and how many of these are last."""
-    call = replace(call, path="/tokenize")
-    whole, plain = [
-        (await _post(service, exchange, call, lease, {"content": text, "add_special": special}))["tokens"]
-        for special in (True, False)
-    ]
-    before = 1 if plain and whole[0] != plain[0] else 0
-    return whole, max(0, len(whole) - len(plain) - before)
 
 
 def _cut_tokens(tokens: list[int], last: int, context: int | None) -> list[int]:
@@ -266,8 +279,24 @@ def _cut_tokens(tokens: list[int], last: int, context: int | None) -> list[int]:
 
 
 async def _post(service: Service, exchange: Exchange, call: Call, lease: Lease, body: Mapping[str, Any]) -> Any:
-    async with service.answer(exchange, call, PROTOCOL, body_of(body), lease) as response:
-        return json.loads(await response.aread())
+    return await _asker(service, exchange, call, lease)(call.path, body)
+
+
+def _asker(service: Service, exchange: Exchange, call: Call, lease: Lease) -> Ask:
+    """Return a function that asks the runner, and returns its whole answer."""
+
+    async def ask(path: str, body: Mapping[str, Any]) -> Any:
+        asking = replace(call, path=path, content_type="application/json")
+        async with service.answer(exchange, asking, PROTOCOL, body_of(body), lease) as response:
+            return json.loads(await response.aread())
+
+    return ask
+
+
+async def _context(service: Service, lease: Lease) -> int | None:
+    """Return the context of a lease's runner, in tokens."""
+    status = await asyncio.to_thread(service.scheduler.status)
+    return next((one.options.num_ctx for one in status.runners if one.id == lease.runner), None)
 
 
 def _cut(vector: list[float], dimensions: int) -> list[float]:
@@ -345,7 +374,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     (("DELETE",), "/api/delete", _not_here("delete the model's file, or use `ollama rm`: nothing is deleted here")),
     (("HEAD", "POST"), "/api/blobs/{digest}", _not_here("put the model's file into a folder of models")),
 )
-_TALK = "model format think stream options keep_alive adapter logprobs top_logprobs"
+_TALK = "model format think stream options keep_alive adapter logprobs top_logprobs shift truncate"
 BODIES = {
     "/api/chat": Body(f"{_TALK} messages tools"),
     "/api/generate": Body(f"{_TALK} prompt suffix system images raw"),

@@ -41,7 +41,7 @@ _SIMPLE: Mapping[str, str] = {
     """,
     "boolean": """
         add_special cache_prompt ignore_eos parallel_tool_calls parse_special parse_tool_calls raw return_progress
-        return_text return_tokens stream timings_per_token truncate use_mmap with_pieces
+        return_text return_tokens shift stream timings_per_token truncate use_mmap with_pieces
     """,
     "string": """
         content grammar input_prefix input_suffix instructions language model query suffix

@@ -15,13 +15,13 @@ from scheduler.runtime.request_parser import AcquireOptions, check_option
 
 _LOADING = """
     num_ctx num_batch num_gpu main_gpu num_thread num_parallel use_mmap flash_attention cache_type_k cache_type_v
-    draft_num_predict
+    draft_num_predict context_shift
 """
 LOAD_OPTIONS = frozenset(_LOADING.split())
 TIMING = ("keep_alive", "priority", "timeout")
 ALL = "*"  # the name that stands for every model
 _DURATIONS = ("keep_alive", "timeout")
-_NO_NUMBERS = ("use_mmap", "flash_attention", "cache_type_k", "cache_type_v")
+_NO_NUMBERS = ("use_mmap", "flash_attention", "context_shift", "cache_type_k", "cache_type_v")
 _ALLOWED = (
     'rules by the names of models, "*" for all: {"*": {"num_ctx": {"max": 8192}, "keep_alive": {"lock": "1h"}}}; '
     'a rule has "lock", or "min" and "max"'

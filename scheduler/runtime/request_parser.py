@@ -55,6 +55,7 @@ class RequestOptions(TypedDict, total=False):
     cache_type_k: str | None  # f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl
     cache_type_v: str | None
     draft_num_predict: int | None  # tokens that are guessed ahead of the model, at most; 0: none
+    context_shift: bool | None  # a full context gives up its older half, and the answer goes on
     devices: Sequence[str] | None  # ids of the GPUs that layers may go to
     require_gpu: bool | None  # place the model whole on GPUs, or refuse the request
 
@@ -90,7 +91,7 @@ _NO_OPTIONS = frozenset({*_IDENTITY, *_TIMING, "adapter"})  # keywords that are 
 _KINDS: dict[str, type] = {
     **dict.fromkeys(("num_ctx", "num_batch", "num_thread", "num_parallel", "num_gpu", "main_gpu"), int),
     "draft_num_predict": int,
-    **dict.fromkeys(("use_mmap", "flash_attention", "require_gpu"), bool),
+    **dict.fromkeys(("use_mmap", "flash_attention", "context_shift", "require_gpu"), bool),
     **dict.fromkeys(("cache_type_k", "cache_type_v"), str),
 }
 _POSITIVE = frozenset({"num_ctx", "num_batch", "num_thread", "num_parallel"})

@@ -26,7 +26,7 @@ def test_what_a_request_leaves_open_is_taken_from_the_settings() -> None:
     """Options that a request leaves open come from the settings: context, slots, flash attention and cache types."""
     defaults = Options(num_ctx=2048, num_parallel=2, flash_attention=True, cache_type_k="q8_0", cache_type_v="q4_0")
     pool = a_pool(defaults=defaults).declare("a", WIDE).loading("a", request=1)
-    assert pool.launches[1].options == replace(defaults, num_batch=512, draft_num_predict=0)
+    assert pool.launches[1].options == replace(defaults, num_batch=512, draft_num_predict=0, context_shift=False)
 
 
 def test_what_a_request_names_wins_over_the_settings() -> None:

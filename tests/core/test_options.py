@@ -26,8 +26,9 @@ def test_what_a_process_is_started_with_is_explicit() -> None:
     """Every automatic value is resolved before the launch, so that later requests can be compared with it."""
     pool = a_pool_of_models().loading("a", request=1)
     assert options_of(pool, 1) == Options(
-        num_ctx=4096, num_batch=512, num_parallel=1, cache_type_k="f16", cache_type_v="f16", draft_num_predict=0
-    )
+        num_ctx=4096, num_batch=512, num_parallel=1, cache_type_k="f16", cache_type_v="f16", draft_num_predict=0,
+        context_shift=False,
+    )  # fmt: skip
 
 
 def test_s01_a_context_below_4_becomes_4() -> None:
@@ -74,6 +75,7 @@ def test_s30_a_runner_serves_what_it_covers(asked: dict[str, object]) -> None:
         {"use_mmap": False},
         {"flash_attention": True},
         {"draft_num_predict": 4},
+        {"context_shift": True},
     ],
 )
 def test_s30_any_other_option_that_is_named_needs_a_reload(asked: dict[str, object]) -> None:

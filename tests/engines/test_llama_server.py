@@ -184,7 +184,7 @@ REQUEST: dict[str, Any] = {
     "parent": 1, "library": None, "key": "secret", "name": "a,b", "model": "/m.gguf",
     "adapters": [("/l1.gguf", 1.0), ("/l2.gguf", 1.0)],
     "projector": "/p.gguf", "projector_on_gpu": False, "embedding": False, "pooling": None, "num_ctx": 512,
-    "draft": None, "draft_num_predict": 0,
+    "draft": None, "draft_num_predict": 0, "context_shift": False,
     "num_parallel": 2, "num_batch": 64, "num_micro_batch": 32, "prompt_cache_mib": 7, "num_checkpoints": 3,
     "num_thread": 2, "num_thread_prompt": 4, "use_mmap": False, "flash_attention": True, "cache_type_k": "q8_0",
     "cache_type_v": "f16", "holds_back": False, "gpu_layers": [], "prompts": None, "engine_key": None,

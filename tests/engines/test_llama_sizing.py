@@ -50,6 +50,7 @@ CHANGES = {
     "cache_type_k": "q8_0",
     "cache_type_v": "q8_0",
     "draft_num_predict": 4,
+    "context_shift": True,
 }
 
 some_options = st.builds(
@@ -65,6 +66,7 @@ some_options = st.builds(
     cache_type_k=st.none() | st.sampled_from(sorted(CACHE_BLOCK_BYTES)),
     cache_type_v=st.none() | st.sampled_from(sorted(CACHE_BLOCK_BYTES)),
     draft_num_predict=st.none() | st.integers(0, 64),
+    context_shift=st.none() | st.booleans(),
 )
 UNSHARED = replace(A_MODEL, architecture="qwen3next", context_trained=0)
 some_models = st.sampled_from([A_MODEL, EMBEDDER, VISION, UNSHARED])
@@ -90,7 +92,7 @@ def cache(footprint: Footprint) -> int:
 def test_what_is_not_named_gets_the_defaults() -> None:
     """Options that are not named get context 4096, batch 512, one slot, f16 and no drafts; GPU options stay open."""
     expected = Options(num_ctx=4096, num_batch=512, num_parallel=1, cache_type_k="f16", cache_type_v="f16")
-    assert resolve(A_MODEL, Options()) == replace(expected, draft_num_predict=0)
+    assert resolve(A_MODEL, Options()) == replace(expected, draft_num_predict=0, context_shift=False)
 
 
 @given(some_models, some_options)

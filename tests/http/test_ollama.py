@@ -562,6 +562,60 @@ def test_clients_find_out_that_ollama_runs(kept: Served) -> None:
     assert [int(part) for part in version.split(".")] >= [0, 6, 4]
 
 
+# -- prompts and answers that are longer than a context ----------------------------------------------------------------
+
+
+TURNS: list[Any] = [
+    {"role": "system", "content": "Be kind."},
+    *({"role": ("user", "assistant")[place % 2], "content": f"turn {place} " * 20} for place in range(11)),
+]
+SHORT: dict[str, Any] = {"num_ctx": 1024, "temperature": 0, "seed": 1, "num_predict": 4}
+
+
+def test_a_chat_that_is_too_long_loses_its_oldest_messages(kept: Served) -> None:
+    """As few as it takes, and neither the system message nor the last one, unless the client wants an error."""
+
+    def ask(messages: list[Any], **more: Any) -> httpx2.Response:
+        return kept.post("/api/chat", {"model": "m", "messages": messages, "options": SHORT, "stream": False, **more})
+
+    answer = ask(TURNS).json()
+    same = [ask([TURNS[0], *TURNS[first:]], truncate=False) for first in range(1, len(TURNS))]
+    first = next(place for place, one in enumerate(same) if one.status_code == 200)
+    assert 0 < first < len(TURNS) - 2 and all(one.status_code == 400 for one in same[:first])
+    assert answer["message"] == same[first].json()["message"]
+    assert answer["prompt_eval_count"] == same[first].json()["prompt_eval_count"]
+    assert "exceeds the available context size" in ask(TURNS, truncate=False).json()["error"]
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_prompt_that_is_too_long_loses_its_beginning(kept: Served, raw: bool) -> None:
+    """It fills the context but for the first token of the answer; of a raw prompt the first tokens may be kept."""
+
+    def ask(prompt: str, truncate: bool, **options: Any) -> httpx2.Response:
+        asked = {"model": "m", "prompt": prompt, "raw": raw, "truncate": truncate, "stream": False}
+        return kept.post("/api/generate", {**asked, "options": {**SHORT, **options}})
+
+    text = "".join(chr(ord("a") + place % 26) for place in range(1200))
+    around = 0 if raw else ask("", True).json().get("prompt_eval_count", 0) or 1  # the template's own
+    answer = ask(text, True).json()
+    assert (answer["prompt_eval_count"], answer["eval_count"], answer["done_reason"]) == (1023, 1, "length")
+    assert answer["response"] == ask(text[around - 1023 :], False).json()["response"]
+    assert ask(text, False).status_code == 400
+    if raw:
+        kept_tokens = ask(text, True, num_keep=9).json()
+        assert kept_tokens["response"] == ask(text[:9] + text[-1014:], False).json()["response"]
+
+
+def test_a_client_says_whether_a_full_context_gives_up_its_older_half(kept: Served) -> None:
+    """`shift` is a load-time option, and what is no truth value is refused."""
+    asked = {"model": "thinks", "prompt": "Once", "raw": True, "stream": False, "options": SHORT}
+    for shift in (True, False):
+        assert kept.post("/api/generate", {**asked, "shift": shift}).status_code == 200
+        runners = [one for one in kept.scheduler.status().runners if one.model == "thinks" and one.state != "expiring"]
+        assert [one.options.context_shift for one in runners] == [shift]
+    assert kept.post("/api/generate", {**asked, "shift": "no"}).status_code == 400
+
+
 # -- errors, waits, and clients that leave -----------------------------------------------------------------------------
 
 
@@ -574,8 +628,8 @@ def test_errors_are_told_in_ollamas_terms(client: ollama.Client, streamed: bool)
 
     error = ask(model="nm", prompt="hello")
     assert error.status_code == 404 and "there is no model 'nm'" in error.error
-    error = ask(model="m", prompt="a" * 1100)
-    assert error.status_code == 400 and "exceeds the available context size" in error.error
+    error = ask(model="m", prompt="a", format={"type": "none that there is"})
+    assert error.status_code == 400 and "schema" in error.error
 
 
 @pytest.mark.parametrize(

@@ -200,13 +200,14 @@ class _Join:
             self._gpus[gpu.id] = replace(gpu, name=name, library=entry.library, listed=entry.name)
 
     def reading(self) -> Reading:
-        """Return the GPUs that count, those of drivers first."""
-        gpus = tuple(gpu for gpu in self._gpus.values() if gpu.library or gpu.cuda_id or not gpu.integrated)
+        """Return the GPUs that count: those that the engine can use first, since `main_gpu` counts them (N21)."""
+        gpus = [gpu for gpu in self._gpus.values() if gpu.library or gpu.cuda_id or not gpu.integrated]
+        gpus.sort(key=lambda gpu: not gpu.library)
         unused = (
             f"no GPU is used: {', '.join(self._unused)} has no memory of its own, where its library seldom does well; "
             "to use it nevertheless, set integrated_gpus",
         )
-        return Reading(gpus, (*self._problems, *(unused if self._unused and not gpus else ())))
+        return Reading(tuple(gpus), (*self._problems, *(unused if self._unused and not gpus else ())))
 
 
 def _may_be(gpu: Gpu, entry: Listed) -> bool:

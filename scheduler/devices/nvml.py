@@ -95,6 +95,7 @@ class Nvml:
         self._retry_at = -float("inf")  # the library is not initialised before this time
         self._failure = ""  # why the last initialisation failed, if it did
         self._missing = False  # it failed since there is no library, as where there is no GPU
+        self._told = False  # that failure is a problem: there is a library, or a card that lacks one
         self._ailing = False  # a GPU could not be opened since the library was initialised
         self._boards: dict[int, Board] = {}  # by index, as of the last time that each could be opened
 
@@ -131,9 +132,10 @@ class Nvml:
         except Exception as error:  # NVMLError, or an error of ctypes for a broken library: start afresh later
             self.close()
             self._failure, self._missing = str(error), _is_missing(error)
+            self._told = not self._missing or has_card()
             self._retry_at = self._clock() + RETRY_S
             count = 0
-        if not self._initialised and (not self._missing or has_card()):
+        if not self._initialised and self._told:
             problems.append(f"no GPU is used: {self._failure}")
         self._boards = {index: board for index, board in self._boards.items() if index < count}
         for index in range(count):

@@ -10,13 +10,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from scheduler.devices.gpus import CUDA, Gpu, Listed, joined
-from scheduler.engines.child_runner import VISIBLE_GPUS
+from scheduler.engines.child_runner import VISIBLE_GPUS, shown
 from scheduler.errors.exceptions import EngineMissing
 from scheduler.errors.formatting import printable
 
 if TYPE_CHECKING:
     from fsm.domain.devices import DeviceId
-    from scheduler.engines.llama_server_binary import Question, ServerBinary
+    from scheduler.engines.llama_server_binary import Question, ServerBinary, ServerFacts
 
 log = logging.getLogger("loadmaster")
 
@@ -25,6 +25,7 @@ AGAIN_S: Final = 1.0  # the list is asked again at most this often
 NAMES_S: Final = 60.0  # and this often where drivers have the figures, and only names may have changed
 SHARE: Final = 0.25  # of the time, at most, for which a server is asked while decisions wait for readings
 WAIT_S: Final = 1.0  # how long a reading waits for the list
+PROJECTOR: Final = "MTMD_BACKEND_DEVICE"  # of a process that sees other GPUs too: where its projector goes
 # a process whose layers are on the host shows itself no GPU: to wake them takes time and memory
 NO_GPUS: Final[Mapping[str, str]] = {VISIBLE_GPUS: "", "GGML_VK_VISIBLE_DEVICES": ""}
 
@@ -95,18 +96,17 @@ class ServerGpus:
         self._binary = binary
         self._gpus = gpus  # returns those of the last reading
         self._lists = lists  # whether that reading has the server's own names
-        self._asked = False
+        self._facts: ServerFacts | None = None  # None: not asked yet
 
     @property
     def problems(self) -> tuple[str, ...]:
         """The GPUs that the server cannot use, in a sentence; none before it was asked."""
-        try:
-            unusable = [gpu.id for gpu in self._named() if not gpu.library] if self._asked else []
-            backends = self._binary.facts().backends if unusable else ()
-        except EngineMissing:  # requests tell
+        if (facts := self._facts) is None:
             return ()
+        unusable = [gpu.id for gpu in self._named(facts) if not gpu.library]
         if not unusable:
             return ()
+        backends = facts.backends
         has = f"it has {', '.join(backends)} only" if backends else "it has no backend for GPUs"
         return (
             f"{printable(self._binary.path)} cannot use {', '.join(unusable)}: {has}, so models go elsewhere; name a "
@@ -116,13 +116,14 @@ class ServerGpus:
     def usable(self) -> tuple[str, ...] | None:
         """Return the libraries of the GPUs that the server can use; None where there are no GPUs.
 
-        The libraries are those of the reading. One is left out where the server can use only some of its GPUs.
+        The libraries are those of the reading. One is left out where the server can use only some of its GPUs. Raises
+        what `ServerBinary.facts` raises, and may block as long.
         """
         gpus = self._gpus()
         if not gpus:
             return None
-        named = {gpu.id for gpu in self._named() if gpu.library}
-        self._asked = True
+        self._facts = facts = self._binary.facts()
+        named = {gpu.id for gpu in self._named(facts) if gpu.library}
         return tuple(sorted({gpu.library for gpu in gpus} - {gpu.library for gpu in gpus if gpu.id not in named}))
 
     def names(self, ids: Iterable[DeviceId]) -> tuple[list[str], Mapping[str, str]]:
@@ -130,20 +131,21 @@ class ServerGpus:
 
         Raises RuntimeError for a GPU that the server does not list any more.
         """
-        ids, known = [*ids], {gpu.id: gpu for gpu in self._named()}
+        ids = [*ids]
         if not ids:
             return [], NO_GPUS
-        if all(id not in known or (known[id].library == CUDA and known[id].cuda_id) for id in ids):
-            return [f"{CUDA}{place}" for place in range(len(ids))], {VISIBLE_GPUS: ",".join(ids)}
+        known = {gpu.id: gpu for gpu in self._named(self._binary.facts())}
+        if all(known[id].library == CUDA and known[id].cuda_id if id in known else shown([id]) for id in ids):
+            return [f"{CUDA}{place}" for place in range(len(ids))], shown(ids)
         found = [known[id].listed if id in known else "" for id in ids]
         if not all(found):
             raise RuntimeError(f"{self._binary.path} does not list all of {', '.join(ids)} any more")
-        return found, {}
+        return found, {PROJECTOR: found[0]}
 
-    def _named(self) -> Sequence[Gpu]:
+    def _named(self, facts: ServerFacts) -> Sequence[Gpu]:
         """Return the GPUs of the reading with this server's names and libraries: empty where it cannot use them."""
         if self._lists:
             return self._gpus()
         known = self._gpus()
-        own = {gpu.id: gpu for gpu in joined(known, self._binary.facts().devices, integrated=True).gpus}
+        own = {gpu.id: gpu for gpu in joined(known, facts.devices, integrated=True).gpus}
         return [own.get(gpu.id, replace(gpu, library="")) for gpu in known]

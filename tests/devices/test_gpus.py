@@ -15,7 +15,8 @@ from scheduler.devices.amdgpu import LOOK_S, AmdGpus
 from scheduler.devices.device_reader import DeviceReader
 from scheduler.devices.gpus import LIBRARIES, Gpu, Listed, joined, pci_id, without_list
 from scheduler.engines.llama_device_list import entries_of, places_of, with_places
-from tests.support.nvml import Clock
+from tests.support.nvml import Clock, StandIn, beside_stand_in
+from tests.support.nvml import Gpu as NvmlGpu
 from tests.support.recorded_lists import LISTS, PLACES
 
 GIB = 1 << 30
@@ -276,6 +277,29 @@ def test_the_reader_shows_what_only_an_engine_lists() -> None:
     told.entries = None
     assert [sample.id for sample in reader.sample()] == [HOST]
     reader.close()
+
+
+@beside_stand_in()
+def test_n23_nvidias_driver_tells_places(nvml: StandIn) -> None:
+    """N23: two cards that are alike are told apart by their places, where Vulkan alone can use them; one is hidden."""
+    nvml.say(NvmlGpu("GPU-a", total=8 * GIB), NvmlGpu("GPU-b", total=8 * GIB, free=GIB))
+    entry = Listed("Vulkan0", "NVIDIA A card", 8 * GIB, 8 * GIB, pci="0000:02:00.0")
+    told = TheList(entry, replace(entry, name="Vulkan1", pci="0000:01:00.0"))
+    for environment, names in (
+        ({}, [("GPU-a", "Vulkan1"), ("GPU-b", "Vulkan0")]),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-b"}, [("GPU-b", "Vulkan0")]),
+    ):
+        reader = DeviceReader(environment=environment)
+        reader.list_by(told)
+        assert [sample.free_bytes for sample in reader.sample() if sample.id == "GPU-b"] == [GIB]
+        assert [(gpu.id, gpu.listed) for gpu in reader.gpus()] == names
+        reader.close()
+
+
+def test_n21_gpus_that_the_engine_can_use_come_first() -> None:
+    """N21: an index of a GPU to prefer counts those that the engine can use, in the order of drivers."""
+    gpus = joined([GEFORCE, RADEON], listed("rocm")).gpus
+    assert shown(gpus) == [("PCI-0000:03:00.0", "ROCm", "ROCm0"), ("GPU-a", "", "")]
 
 
 def test_metals_working_set_bounds_the_hosts_memory() -> None:

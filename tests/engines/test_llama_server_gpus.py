@@ -70,10 +70,12 @@ def test_u05_a_server_is_told_of_gpus_by_its_own_names(tmp_path: Path) -> None:
     engine.close()
     by_vulkan = LlamaServerEngine(of(tmp_path, "vulkan"), gpus=lambda: gpus, lists=True)._backends
     assert by_vulkan.usable() == ("Vulkan",) and by_vulkan.problems == ()
-    assert by_vulkan.names([RADEON, GEFORCE.id]) == (["Vulkan0", "Vulkan1"], {})
+    assert by_vulkan.names([RADEON, GEFORCE.id]) == (["Vulkan0", "Vulkan1"], {"MTMD_BACKEND_DEVICE": "Vulkan0"})
     assert by_vulkan.names([]) == ([], {"CUDA_VISIBLE_DEVICES": "", "GGML_VK_VISIBLE_DEVICES": ""})
     by_cuda = LlamaServerEngine(of(tmp_path, "cuda+vulkan"), gpus=lambda: joined([GEFORCE], ()).gpus)._backends
     assert by_cuda.names([GEFORCE.id]) == (["CUDA0"], {"CUDA_VISIBLE_DEVICES": "GPU-a"})
+    with pytest.raises(RuntimeError, match="does not list"):
+        by_cuda.names([RADEON])
 
 
 def test_u05_a_model_with_a_server_of_its_own_goes_to_what_that_one_can_use(tmp_path: Path, model: Path) -> None:
@@ -88,7 +90,7 @@ def test_u05_a_model_with_a_server_of_its_own_goes_to_what_that_one_can_use(tmp_
         assert engine.inspect(ModelSpec("a", str(model)), [Options()]).gpu_libraries == usable
         assert bool(lacking) == any(f"cannot use {lacking}" in problem for problem in engine.problems)
         if name == "rocm":
-            assert engine._backends.names([RADEON]) == (["ROCm0"], {})
+            assert engine._backends.names([RADEON]) == (["ROCm0"], {"MTMD_BACKEND_DEVICE": "ROCm0"})
             with pytest.raises(RuntimeError, match="does not list all of GPU-a any more"):
                 engine._backends.names([GEFORCE.id])
         engine.close()

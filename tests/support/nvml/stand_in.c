@@ -134,6 +134,17 @@ int nvmlDeviceGetName(void *handle, char *out, unsigned size) {
     return SUCCESS;
 }
 
+struct pci { char legacy[16]; unsigned domain, bus, device, id, subsystem; char bus_id[32]; };
+
+/* A GPU sits on the bus of its number: the first on 01. */
+int nvmlDeviceGetPciInfo_v3(void *handle, struct pci *out) {
+    ENTER();
+    int place = 1;
+    for (struct device *each = devices; each != handle; each++) place += each->parent < 0;
+    snprintf(out->bus_id, sizeof out->bus_id, "00000000:%02X:00.0", place);
+    return SUCCESS;
+}
+
 int nvmlDeviceGetUUID(void *handle, char *out, unsigned size) {
     ENTER();
     snprintf(out, size, "%s", ((struct device *)handle)->id);

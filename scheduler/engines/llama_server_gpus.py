@@ -65,7 +65,8 @@ class ServerList:
             return self._entries, True
         wait_s = 0.0
         if self._question is None and self._wanted and begun_at >= self._again_at + (0 if figures else NAMES_S):
-            self._question, self._asked_at, wait_s = self._binary.ask_list(), begun_at, WAIT_S
+            self._question, self._asked_at = self._binary.ask_list(), begun_at
+            wait_s = WAIT_S if figures else 0.0  # no load waits for names, which seldom change
         fresh = self._question is not None and self._answered(self._question, wait_s)
         return self._entries, fresh
 

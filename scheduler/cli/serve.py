@@ -78,14 +78,15 @@ def run_serve(flags: Mapping[str, Any]) -> int:
         scheduler = stack.enter_context(Scheduler(settings.scheduler))
         start.doing("looking for all models")
         models = _Models(flags, settings, scheduler, others, specs)
-        count = sum(1 for _ in islice(scheduler.catalog.listing(), MOST_NAMES))
+        count = len(settings.commands) + sum(1 for _ in islice(scheduler.catalog.listing(), MOST_NAMES))
 
         def ready() -> None:
             start.close()
             _say_ready(count, _url(settings, sockets[0]), unprotected=unprotected)
 
         reload = None if settings.file is None else models.read_again
-        server = HttpServer(scheduler, settings.server_arguments(), options, ready=ready, reload=reload)
+        arguments = settings.server_arguments()
+        server = HttpServer(scheduler, arguments, options, app=models.app, ready=ready, reload=reload)
         return _run(server, sockets)
 
 
@@ -98,7 +99,7 @@ def _run_front(
     from scheduler.cluster.nodes import Nodes
     from scheduler.http.server import HttpServer
 
-    if settings.models:
+    if settings.models or settings.commands:
         raise Refused(
             "models of the file are of one machine: with --ray, put their files where each machine finds them"
         )
@@ -328,7 +329,12 @@ class _Models:
     ) -> None:
         self._flags = flags
         self._settings = settings
+        from scheduler.http.app import application
+        from scheduler.http.service import Service
+
         self._scheduler = scheduler
+        self._service = Service(scheduler, settings.server)
+        self.app = application(self._service)
         self._others = others  # where the models are that those of the file are based on
         self._resolver = ConfiguredModels(f"the file {settings.file}", others)
         self._pinned: dict[ModelId, ModelSpec] = {}
@@ -336,7 +342,8 @@ class _Models:
         self._resolver.replace(settings.models)
         self._take(specs)
         if settings.file is not None:
-            scheduler.catalog.add(self._resolver)
+            self._scheduler.catalog.add(self._resolver)
+            self._service.commands = settings.commands
 
     def read_again(self) -> None:
         """Read the file again, and take what can change while running; where it cannot be used, nothing changes."""
@@ -355,10 +362,12 @@ class _Models:
                 log.error("%s; everything stays as it was", one_line(str(error)))
                 return
             self._resolver.replace(fresh.models)
+            self._service.commands = fresh.commands
             self._take(specs)
             changed = f"; {', '.join(changes)} changed" if changes else ""
             kept = f"; {', '.join(stay)} cannot change before a restart" if (stay := self._staying(fresh)) else ""
-            log.info("read %s again: it names %s%s%s", fresh.file, _counted(len(specs)), changed, kept)
+            count = _counted(len(specs) + len(fresh.commands))
+            log.info("read %s again: it names %s%s%s", fresh.file, count, changed, kept)
 
     def _staying(self, fresh: ServeSettings) -> list[str]:
         """Return the settings that the file changes, and that cannot change."""

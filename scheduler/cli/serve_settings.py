@@ -7,15 +7,17 @@ import difflib
 import ipaddress
 import os
 import re
+import stat
 import tomllib
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
 from scheduler.config.settings import SETTINGS, Setting, Settings
 from scheduler.config.value_parsers import count, file, flag, optional
+from scheduler.engines.command_model import CommandModel
 from scheduler.errors.exceptions import InvalidSettings, SchedulerError
 from scheduler.errors.formatting import printable
 from scheduler.http.settings import SERVER_SETTINGS, ServerArguments, ServerSettings, names
@@ -131,6 +133,7 @@ class ServeSettings:
     server: ServerSettings
     own: Mapping[str, Any]  # by the names of SERVE_SETTINGS
     models: tuple[ConfiguredModel, ...]
+    commands: Mapping[str, CommandModel]  # by name: the models that commands serve
     named: Mapping[str, Any]  # settings of the scheduler that flags or the file name, without the environment's
 
     def server_arguments(self) -> ServerArguments:
@@ -206,24 +209,53 @@ def read_settings(flags: Mapping[str, Any], environment: Mapping[str, str] = os.
     server[_SECRET] = _key(given)
     if own["host"]:  # a name that it listens by is a name that it may be called by
         server["allow_hosts"] = (*server["allow_hosts"], own["host"].lower())
+    commands = {name: _command(cast(Path, path), name, models.pop(name)) for name in _names_of_commands(models)}
     configured = tuple(_configured(cast(Path, path), name, values) for name, values in models.items())
-    return ServeSettings(path, settings, ServerSettings(**server), own, configured, chosen)
+    if twice := next((alias for one in configured for alias in one.aliases if alias in commands), None):
+        raise Refused(f"{path}: the name {twice!r} is an alias and a command: name one of them otherwise")
+    return ServeSettings(path, settings, ServerSettings(**server), own, configured, commands, chosen)
 
 
 def _content_of(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as opened:
-            content, mode = opened.read(_LARGEST_FILE + 1), os.fstat(opened.fileno()).st_mode
+            content, state = opened.read(_LARGEST_FILE + 1), os.fstat(opened.fileno())
         if len(content) > _LARGEST_FILE:
             raise Refused(f"the file {path} is larger than 1 MiB, which no file of settings is")
         found = tomllib.loads(content.decode())
-        if _PROGRAM in found and mode & _OF_OTHERS:
-            raise Refused(f"the file {path} names a program, and others may write to it: chmod go-w {path}")
+        models = found.get("models")
+        if _PROGRAM in found or (isinstance(models, Mapping) and _names_of_commands(models)):
+            _check_writers(path, state)
         return found
     except OSError as error:
         raise Refused(f"the file {path} cannot be read ({error.strerror}): name another with --config") from None
     except (ValueError, RecursionError) as error:
         raise Refused(f"the file {path} is no TOML: {error}") from None
+
+
+def _check_writers(path: Path, state: os.stat_result) -> None:
+    """Raise `Refused` for a file that names a program where others than this user and root may say what it names."""
+    folder = path.resolve().parent
+    for what, name, found in (("it", path, state), ("its folder", folder, folder.stat())):
+        if found.st_uid not in (0, os.geteuid()):
+            raise Refused(f"the file {path} names a program, and {what} is another user's: chown it to this one")
+        if found.st_mode & _OF_OTHERS and not (what != "it" and found.st_mode & stat.S_ISVTX):
+            raise Refused(f"the file {path} names a program, and others may write to {what}: chmod go-w {name}")
+
+
+def _names_of_commands(models: Mapping[str, Any]) -> list[str]:
+    return [name for name, values in models.items() if isinstance(values, Mapping) and "command" in values]
+
+
+def _command(path: Path, name: str, values: Mapping[str, Any]) -> CommandModel:
+    known = [each.name for each in fields(CommandModel) if each.init and each.name != "name"]
+    for key in values:
+        if key not in known:
+            raise Refused(f"the model {name!r} in {path}: {key} is nothing of a command; there are {', '.join(known)}")
+    try:
+        return CommandModel(name, **values)
+    except SchedulerError as error:
+        raise Refused(f"the model {name!r} in {path}: {error}") from None
 
 
 def _from_environment(row: Setting, environment: Mapping[str, str]) -> tuple[Any, int]:

@@ -30,7 +30,7 @@ from scheduler.http.guard import has_key, path_of
 from scheduler.http.openai import PROTOCOL
 from scheduler.http.protocol import Protocol
 from scheduler.http.protocol_module import Body
-from scheduler.http.runner_routes import Call, RunnerRoute, model_of, scheduling_of
+from scheduler.http.runner_routes import Call, Model, RunnerRoute, model_of, scheduling_of
 from scheduler.http.service import Service, refuse
 from scheduler.http.settings import ServerSettings
 from scheduler.http.upstream import BROKEN, answer_at
@@ -92,7 +92,7 @@ class NodeService(Service):
         self.under_way = 0  # requests for a model, and leases
 
     @asynccontextmanager
-    async def lease(self, exchange: Exchange, call: Call, protocol: Protocol) -> AsyncIterator[tuple[ModelSpec, Lease]]:
+    async def lease(self, exchange: Exchange, call: Call, protocol: Protocol) -> AsyncIterator[tuple[Model, Lease]]:
         """Yield what `Service.lease` yields; raises `Draining` and `WouldWait` before anything is asked for."""
         if self.draining:
             raise Draining

@@ -17,6 +17,7 @@ from fsm.machine.request import ModelId
 from scheduler.config.quantities import parse_bytes
 from scheduler.engines.engine_model import EngineModel
 from scheduler.errors.exceptions import InvalidSettings
+from scheduler.models.chat_defaults import NO_DEFAULTS, ChatDefaults
 
 ANY_GPU: Final = DeviceId("gpu")  # in `memory`: whichever one GPU has room
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
@@ -38,6 +39,7 @@ class CommandModel(EngineModel):
 
     engine: ClassVar[str] = "command"
     takes_options: ClassVar[bool] = False
+    chat: ClassVar[ChatDefaults] = NO_DEFAULTS
 
     command: Sequence[str]
     memory: Mapping[str, str | int] = field(default_factory=dict, kw_only=True)  # {"cpu": "1GiB", "gpu": "8GiB"}

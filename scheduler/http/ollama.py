@@ -32,7 +32,7 @@ from scheduler.http.ollama_translation import (
 from scheduler.http.ollama_truncate import Ask, shortened, tokens_of
 from scheduler.http.protocol import Waiting
 from scheduler.http.protocol_module import Body, Endpoint, Respond
-from scheduler.http.runner_routes import Call, RunnerRoute, scheduling_of
+from scheduler.http.runner_routes import Call, Model, RunnerRoute, scheduling_of
 from scheduler.http.service import Service, refuse
 from scheduler.models.model_spec import ModelSpec
 from scheduler.runtime.request_parser import AcquireOptions
@@ -119,7 +119,7 @@ async def _answer(
 
 @asynccontextmanager
 async def _response(
-    service: Service, exchange: Exchange, call: Call, spec: ModelSpec, lease: Lease, truncate: bool
+    service: Service, exchange: Exchange, call: Call, spec: Model, lease: Lease, truncate: bool
 ) -> AsyncIterator[httpx2.Response]:
     """Yield the runner's answer; a prompt that its context does not hold is shortened first, where that is wanted."""
     content = call.content(spec)
@@ -193,7 +193,7 @@ def _model_of(asked: Mapping[str, Any]) -> str:
     return name
 
 
-def _content(question: Question, spec: ModelSpec) -> bytes:
+def _content(question: Question, spec: Model) -> bytes:
     """Return the request to the runner, with what the model's chats begin with, and its parameters."""
     body = dict(spec.chat.with_parameters(question.body))
     if "messages" in body:

@@ -11,16 +11,16 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from scheduler.engines.answer_requests import CHAT_PARAMETERS, COMPLETION_PARAMETERS, EMBEDDING_PARAMETERS
+from scheduler.engines.command_model import CommandModel
 from scheduler.errors.exceptions import UnsupportedOption
 from scheduler.http.errors import ErrorAnswer
 from scheduler.http.exchange import Exchange, as_json
 from scheduler.http.protocol import EVENTS, Waiting
 from scheduler.http.protocol_module import Body
 from scheduler.http.rules import TIMING
-from scheduler.http.runner_routes import Call, RunnerRoute, model_of, scheduling_of, value_of
+from scheduler.http.runner_routes import Call, Model, RunnerRoute, model_of, scheduling_of, value_of
 from scheduler.http.service import Service
 from scheduler.models.chat_defaults import ChatDefaults
-from scheduler.models.model_spec import ModelSpec
 
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 _STREAMED = {"model", "stream", "stream_options", "return_progress"}
@@ -158,26 +158,26 @@ async def _transcribe(service: Service, exchange: Exchange) -> None:
     asking, patience_s = scheduling_of(named, exchange.headers)
     call = Call(
         model_of(asked), asking, "/v1/audio/transcriptions", lambda spec: told.read(), told.headers["content-type"],
-        streamed=asked.get("stream") == "true", patience_s=patience_s,
+        streamed=asked.get("stream") == "true", patience_s=patience_s, passed_as_it_is=True,
     )  # fmt: skip
     await exchange.while_connected(service.pass_on(exchange, call, PROTOCOL))
 
 
 async def _list_models(service: Service, exchange: Exchange) -> None:
     """Answer with the models that have a name."""
-    found = await service.models()
+    found: dict[str, Model] = {**await service.models(), **service.commands}
     await exchange.respond_json(200, {"object": "list", "data": [_model(name, spec) for name, spec in found.items()]})
 
 
 async def _show_model(service: Service, exchange: Exchange) -> None:
     """Answer with one model."""
     name = exchange.path_params["id"]
-    await exchange.respond_json(200, _model(name, await service.find(name)))
+    await exchange.respond_json(200, _model(name, service.commands.get(name) or await service.find(name)))
 
 
-def _model(name: str, spec: ModelSpec) -> Mapping[str, Any]:
+def _model(name: str, spec: Model) -> Mapping[str, Any]:
     try:
-        created = int(os.stat(spec.path).st_mtime)
+        created = 0 if isinstance(spec, CommandModel) else int(os.stat(spec.path).st_mtime)
     except OSError:
         created = 0
     return {"id": name, "object": "model", "created": created, "owned_by": "loadmaster"}

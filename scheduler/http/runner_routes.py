@@ -11,6 +11,7 @@ from starlette.datastructures import Headers
 
 from scheduler.config.quantities import parse_duration
 from scheduler.engines.answer_requests import refuse_fetches
+from scheduler.engines.command_model import CommandModel
 from scheduler.errors.exceptions import InvalidSettings, UnsupportedOption
 from scheduler.http.exchange import body_of, object_of
 from scheduler.http.rules import LOAD_OPTIONS, TIMING
@@ -19,6 +20,7 @@ from scheduler.models.model_spec import ModelSpec
 from scheduler.runtime.request_parser import AcquireOptions
 
 HEADER = "x-loadmaster-"
+Model = ModelSpec | CommandModel  # that has a name at the server
 _WHOLE = re.compile(r"-?[0-9]{1,18}")
 _PING_S = 10  # the runner's own signs of life, while it computes a long prompt
 
@@ -30,10 +32,11 @@ class Call:
     model: str  # as the client calls it
     asking: AcquireOptions
     path: str  # of the runner's server
-    content: Callable[[ModelSpec], bytes]  # of the request to the runner
+    content: Callable[[Model], bytes]  # of the request to the runner
     content_type: str = "application/json"
     streamed: bool = False
     patience_s: float | None = None  # None: the server's
+    passed_as_it_is: bool = False  # so that any program may answer it, which a command serves
 
 
 def _as_it_is(body: Mapping[str, Any], defaults: ChatDefaults) -> Mapping[str, Any]:
@@ -66,11 +69,16 @@ class RunnerRoute:
         for name in ("messages", "input"):
             refuse_fetches(body.get(name))
         streamed = body.get("stream") is True
-        if streamed:
-            body["sse_ping_interval"] = _PING_S
+        pings = {"sse_ping_interval": _PING_S} if streamed else {}
+
+        def content_for(spec: Model) -> bytes:
+            if isinstance(spec, CommandModel):  # which knows itself by its own name, and no words of llama.cpp's
+                return body_of({**body, "model": spec.name})
+            return body_of(self.defaulted(body | pings, spec.chat))
+
         return Call(
-            model_of(asked), asking, self.paths[0], lambda spec: body_of(self.defaulted(body, spec.chat)),
-            streamed=streamed, patience_s=patience_s,
+            model_of(asked), asking, self.paths[0], content_for,
+            streamed=streamed, patience_s=patience_s, passed_as_it_is=True,
         )  # fmt: skip
 
 

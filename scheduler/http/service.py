@@ -6,7 +6,7 @@ import asyncio
 import math
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -20,8 +20,9 @@ from scheduler.api.lease import Lease
 from scheduler.api.pending_lease import Acquiring
 from scheduler.api.scheduler import Scheduler
 from scheduler.api.status import Status
+from scheduler.engines.command_model import CommandModel
 from scheduler.engines.runner_client import engine_error
-from scheduler.errors.exceptions import ModelNotFound, SchedulerError
+from scheduler.errors.exceptions import ModelNotFound, SchedulerError, UnsupportedOption
 from scheduler.errors.formatting import printable
 from scheduler.http.errors import ERROR_HEADER, ErrorAnswer, answer_to
 from scheduler.http.exchange import Exchange, as_json
@@ -29,7 +30,7 @@ from scheduler.http.metrics import Metrics
 from scheduler.http.model_files import ModelFiles
 from scheduler.http.protocol import EVENTS, Protocol, Waiting
 from scheduler.http.rules import ALL, apply_rules
-from scheduler.http.runner_routes import HEADER, Call
+from scheduler.http.runner_routes import HEADER, Call, Model
 from scheduler.http.settings import ServerSettings
 from scheduler.http.tracing import write_spans
 from scheduler.http.upstream import BROKEN, Renaming, answer_of
@@ -84,6 +85,7 @@ class Service:
         self.metrics = Metrics(scheduler)
         self.observer = self.metrics.observer
         self.files = ModelFiles()
+        self.commands: Mapping[str, CommandModel] = {}  # by name; replaced, never changed
         self._known: dict[str, tuple[ModelSpec, float]] = {}  # by name, and until when
         self._listed: tuple[dict[str, ModelSpec], float] | None = None  # and until when it serves
         self._status: tuple[Status, float] | None = None  # and until when it serves
@@ -92,8 +94,11 @@ class Service:
     async def find(self, name: str) -> ModelSpec:
         """Return the model of a name, and never of a path; raises what `Catalog.find` raises.
 
-        `:latest` may end any name, since clients of Ollama add it.
+        `:latest` may end any name, since clients of Ollama add it. Raises `UnsupportedOption` for the model of a
+        command.
         """
+        if name in self.commands or name.removesuffix(_LATEST) in self.commands:
+            raise UnsupportedOption("model", name, "a command serves it: only OpenAI's routes pass requests on to it")
         known = self._known.get(name)
         if known is not None and time.monotonic() < known[1]:
             return known[0]
@@ -128,11 +133,14 @@ class Service:
         return found
 
     @asynccontextmanager
-    async def lease(self, exchange: Exchange, call: Call, protocol: Protocol) -> AsyncIterator[tuple[ModelSpec, Lease]]:
+    async def lease(self, exchange: Exchange, call: Call, protocol: Protocol) -> AsyncIterator[tuple[Model, Lease]]:
         """Yield the model that a call names and a lease on it; the client gets signs of life while the call waits."""
-        spec = await self.find(call.model)
+        command = self.commands.get(call.model) if call.passed_as_it_is else None
+        spec = command or await self.find(call.model)
         exchange.notes |= {"model": spec.name, "model_id": spec.id}
         asking = await self.ruled(exchange, spec, call)
+        if command is not None:
+            asking.pop("embedding", None)  # any program may compute vectors
         acquiring = self.scheduler.acquire_async(spec, **asking)
         patience_s = self.settings.patience if call.patience_s is None else call.patience_s
         asked_at, granted_at, granted = time.monotonic(), None, list[Lease]()
@@ -164,7 +172,7 @@ class Service:
                     exchange.notes["load_s"] = granted_at - max(asked_at, began)
             write_spans(exchange.notes, exchange.headers, asked_at, granted_at, load)
 
-    async def ruled(self, exchange: Exchange, spec: ModelSpec, call: Call) -> AcquireOptions:
+    async def ruled(self, exchange: Exchange, spec: Model, call: Call) -> AcquireOptions:
         """Return what counts of a call's keywords; the client is told in a header of those that do not."""
         names = (*await self._names_in_rules(spec), spec.name, call.model)
         asking, ignored = apply_rules(self.settings.rules, names, call.asking)
@@ -174,7 +182,7 @@ class Service:
             )
         return asking
 
-    async def _names_in_rules(self, spec: ModelSpec) -> list[str]:
+    async def _names_in_rules(self, spec: Model) -> list[str]:
         """Return the names by which rules name a model: a rule holds under all names that lead to it."""
         if not self.settings.rules.keys() - {ALL}:
             return []
@@ -257,7 +265,7 @@ class Service:
             self._status = self.scheduler.status(), now + _STATUS_S
         return self._status[0]
 
-    def _waiting(self, spec: ModelSpec, acquiring: Acquiring) -> Waiting:
+    def _waiting(self, spec: Model, acquiring: Acquiring) -> Waiting:
         """Return what a request waits for."""
         status = self.status()
         for wait in status.queue:

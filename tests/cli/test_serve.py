@@ -499,6 +499,8 @@ def test_a_flag_that_cannot_be_is_one_line(refusal: Any, arguments: tuple[str, .
         ("[models.a]\npath = 'tiny.gguf'\npin = 'x'", "the model 'a' in serve.toml: pin cannot be 'x'"),
         ("[models.a]\naliases = ['../b']\npath = 'b'", "the model 'a' in serve.toml: .*model"),
         ("models.a = {path = 'tiny.gguf'}\nmodels.b = {aliases = ['a']}", "aliases cannot be 'a'"),
+        ("[models.a]\ncommand = 'serve'", "the model 'a' in serve.toml: command cannot be 'serve': .*a list"),
+        ("[models.a]\ncommand = ['serve']\naliases = ['b']", "aliases is nothing of a command; there are .*memory"),
         ("models.a = 1", "the model 'a' in serve.toml: this cannot be 1"),
         ("[rules.'*']\nnum_ctx = 1", r"rules in serve.toml.\*.num_ctx cannot be 1"),
     ],

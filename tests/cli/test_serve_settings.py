@@ -237,3 +237,13 @@ def test_a_program_is_named_by_a_file_of_this_user_alone(folder: Path) -> None:
     with pytest.raises(Refused, match="names a program"):
         read(file=named)
     assert read(file="max_queue = 9").scheduler.max_queue == 9
+    command = '[models.a]\ncommand = ["serve", "{port}"]\nmemory = { cpu = "1GiB" }'
+    with pytest.raises(Refused, match="names a program, and others may write to it: chmod go-w"):
+        read(file=command)
+    (folder / "serve.toml").chmod(0o600)
+    folder.chmod(0o777)
+    with pytest.raises(Refused, match=f"others may write to its folder: chmod go-w {folder}"):
+        read(file=command)
+    folder.chmod(0o700)
+    settings = read(file=command)
+    assert settings.commands["a"].memory == {"cpu": 1 << 30} and not settings.models

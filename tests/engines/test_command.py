@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import psutil
 import pytest
 
@@ -29,11 +30,15 @@ from scheduler import (
 )
 from scheduler.engines.command import CommandEngine
 from scheduler.engines.interface import Engine
+from scheduler.http.app import application
+from scheduler.http.service import Service
+from scheduler.http.settings import ServerSettings
 from scheduler.testing import EngineConformance
 from tests.support.leaks import no_leaks
 from tests.support.nvml import Gpu, StandIn, beside_stand_in
 from tests.support.own_server import the_server
 from tests.support.real import is_gone, settings
+from tests.support.running import running
 from tests.support.tiny_models import write_tiny_model
 from tests.support.waiting import LIMIT_S, assert_soon
 
@@ -316,6 +321,27 @@ def test_a_program_that_is_not_there_is_told(scheduler: Scheduler, tmp_path: Pat
     ]:
         with pytest.raises(error, match=words):
             scheduler.acquire(CommandModel("a", [program, "{port}"], memory={"cpu": 0}))
+
+
+# -- behind the server -------------------------------------------------------------------------------------------------
+
+
+def test_the_server_passes_requests_on_to_it(scheduler: Scheduler) -> None:
+    """OpenAI's routes reach a command by its name, with the client's fields alone; other routes refuse it."""
+    service = Service(scheduler, ServerSettings())
+    service.commands = {"b": a_command(name="b")}
+    with running(application(service)) as url:
+        chat = {"model": "b", "messages": [{"role": "user", "content": "hello"}], "temperature": 0, "id_slot": 1}
+        answer = httpx2.post(f"{url}/v1/chat/completions", json=chat, trust_env=False).json()
+        del chat["id_slot"]
+        asked = f"/v1/chat/completions {json.dumps(chat, sort_keys=True)}"
+        assert answer["choices"][0]["message"]["content"] == asked
+        vectors = httpx2.post(f"{url}/v1/embeddings", json={"model": "b", "input": "a"}, trust_env=False).json()
+        assert vectors["choices"][0]["message"]["content"].startswith('/v1/embeddings {"input": "a"')
+        assert [one["id"] for one in httpx2.get(f"{url}/v1/models", trust_env=False).json()["data"]] == ["b"]
+        assert httpx2.get(f"{url}/v1/models/b", trust_env=False).json()["id"] == "b"
+        refused = httpx2.post(f"{url}/api/chat", json=chat, trust_env=False)
+        assert refused.status_code == 400 and "only OpenAI's routes" in refused.text
 
 
 # -- a real program ----------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ def contestants(arguments: argparse.Namespace) -> list[Contestant]:
     return [
         Contestant("a", "loadmaster", "", loadmaster),
         Contestant("a1", "loadmaster over HTTP", "", over_http),
+        Contestant("a2", "loadmaster, this llama-server", no_binary, partial(loadmaster, llama_server=binary)),
         Contestant("b", "llama-server's router", no_binary, partial(router, binary=binary)),
         Contestant("b1", "router, 1 thread a child", no_binary, partial(router, binary=binary, more=ONE_THREAD)),
         Contestant("c", "Ray Serve, multiplexed", no_ray, partial(ray_serve, python=python)),

@@ -98,7 +98,7 @@ class Lease(NonCopyable, Generic[Value]):
 
     @property
     def pid(self) -> int | None:
-        """The process of the runner; None for an object."""
+        """The process of the runner; None for an object in this process."""
         process = self._pending.runner.process if self._pending.runner else None
         return process.pid if process is not None else None
 

@@ -5,11 +5,13 @@ It is run by its path, with the number of the socket that its calls come by. Its
 output it writes lines of the runner's protocol: "loading", then "loaded", or "failed" with `kind`, `message`, `trace`
 and `of_memory`. What the object prints goes to standard error.
 
-Standard input stays open: its end is the order to leave, and a byte the order to unload the object first.
+Standard input stays open: its end is the order to leave, and a byte the order to unload the object first. What the
+object reads there, and the programs that it starts, is nothing.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import socket
@@ -26,21 +28,37 @@ from llama_child import settle, take_over_output, tell
 from object_protocol import encoded, receive, send, unpickled
 
 MOST_CALLS = 64  # at once
-TOLD_CHARACTERS = 12_000  # of an exception: a line of the protocol has room for it
+TOLD_BYTES = 24_000  # of each text about an exception: a line of the protocol has room for two
 
 
 def told_of(error: BaseException) -> dict[str, object]:
-    """Return what is told of an exception that the object raised: nothing but texts."""
-    trace = "".join(traceback.format_exception(error))
-    message = str(error) or repr(error)
-    return {"kind": type(error).__name__, "message": message[:TOLD_CHARACTERS], "trace": trace[-TOLD_CHARACTERS:]}
+    """Return what is told of an exception that the object raised: nothing but texts, whatever its class does."""
+    try:
+        message = "".join([str(error) or repr(error)])  # no class of a text of its own
+    except BaseException:
+        message = "(its words cannot be told: its __str__ raises)"
+    try:
+        trace = "".join(traceback.format_exception(error))
+    except BaseException:
+        trace = ""
+    kept = -_length(trace[::-1])
+    return {"kind": type(error).__name__[:200], "message": message[: _length(message)], "trace": trace[kept:]}
+
+
+def _length(text: str) -> int:
+    """Return how many characters of a text have room in what is told, where one may take twelve bytes."""
+    kept = len(text)
+    while (size := len(json.dumps(text[:kept]))) > TOLD_BYTES:
+        kept = kept * TOLD_BYTES // size
+    return kept
 
 
 class Calls:
-    """Answers the calls for one object, several at once."""
+    """Answers the calls for one object, several at once; `orders` is the end of the pipe that the parent writes to."""
 
-    def __init__(self, connection: socket.socket, value: Any) -> None:
+    def __init__(self, connection: socket.socket, orders: int, value: Any) -> None:
         self._connection = connection
+        self._orders = orders
         self._value = value
         self._sending = threading.Lock()
         self._pool = ThreadPoolExecutor(MOST_CALLS)
@@ -48,11 +66,11 @@ class Calls:
     def run(self) -> bool:
         """Answer calls until the parent wants no more; return whether the object is to be unloaded."""
         watched = select.poll()
-        for each in (self._connection.fileno(), 0):
+        for each in (self._connection.fileno(), self._orders):
             watched.register(each, select.POLLIN)
         while True:
-            if 0 in dict(watched.poll()):
-                return bool(os.read(0, 1))
+            if self._orders in dict(watched.poll()):
+                return bool(os.read(self._orders, 1))
             number, *call = receive(self._connection)
             if not call:  # whether this process answers
                 self._send({"number": int(number)})
@@ -74,7 +92,7 @@ class Calls:
             send(self._connection, encoded(answer))
 
 
-def serve(protocol: int, connection: socket.socket) -> Never:
+def serve(protocol: int, connection: socket.socket, orders: int) -> Never:
     """Load the object, answer calls, and end."""
     unload = None
     try:
@@ -86,7 +104,7 @@ def serve(protocol: int, connection: socket.socket) -> Never:
         )
         tell(protocol, "failed", of_memory=of_memory, **told_of(error))
         os._exit(1)
-    calls = Calls(connection, value)
+    calls = Calls(connection, orders, value)
     tell(protocol, "loaded")
     status = 0
     try:
@@ -100,19 +118,28 @@ def serve(protocol: int, connection: socket.socket) -> Never:
     os._exit(status)
 
 
+def take_over_input() -> int:
+    """Return a descriptor of what was standard input; what reads standard input later finds its end."""
+    orders, nothing = os.dup(0), os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    return orders
+
+
 def main() -> None:
     """Run as the process of an object."""
     protocol = take_over_output()
     settle()
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)
+    orders = take_over_input()
     preparation = unpickled(receive(connection))
     if preparation.pop("parent") == os.getppid():
         tell(protocol, "loading")
         vars(process.current_process())["_inheriting"] = True  # else the program's file might start objects in its turn
         spawn.prepare(preparation)
         del vars(process.current_process())["_inheriting"]
-        serve(protocol, connection)
+        serve(protocol, connection, orders)
 
 
 if __name__ == "__main__":

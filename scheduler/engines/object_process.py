@@ -45,6 +45,7 @@ class ObjectProcess(TreeRunner):
         self._calls = ObjectCalls(model.name, ours)
         self._ours = ours
         self._unloading = False
+        self._wrong = ""  # why it is ended although nobody has ordered that
         self._reader = threading.Thread(target=self._read, name=f"loadmaster-object-{model.name}", daemon=True)
         program = (sys.executable, str(CHILD), str(self._theirs.fileno()))
         environment = os.environ | shown(gpu for gpu, _ in model.declared if gpu != HOST)
@@ -96,6 +97,8 @@ class ObjectProcess(TreeRunner):
     def ended(self, exit: Exit) -> None:
         """Report how the process ended, and let the calls under way fail."""
         self._theirs.close()
+        if self._wrong:
+            exit = replace(exit, asked=False, reason=self._wrong)
         super().ended(replace(exit, asked=exit.asked or self._unloading))
         self._calls.end("its process has ended")
 
@@ -119,6 +122,7 @@ class ObjectProcess(TreeRunner):
             wait_s = EXIT_S
         except Exception:
             log.warning("the process of %r is ended, as calls to it went wrong", self.model.name, exc_info=True)
+            self._wrong = "error: its process sent what is no answer" if self._serves else ""
             wait_s = 0.0
         if not self._told.wait(wait_s) and not self._unloading:
             super().stop(0.0)

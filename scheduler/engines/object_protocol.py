@@ -20,6 +20,7 @@ from typing import Any
 
 MOST_PARTS = 1 << 20
 MOST_BYTES = 1 << 32  # of one part
+MOST_LEVELS = 200  # of lists in lists: Python's own limit is near 330
 KINDS = "biufcSUmM"  # of numpy's types: numbers, texts and times, and no objects
 _TYPE = re.compile(rf"[<>|=]?[{KINDS}]\d{{1,9}}(\[\w{{1,9}}\])?")
 
@@ -56,10 +57,10 @@ def _exactly(connection: socket, size: int) -> bytearray:
 
 
 def pickled(value: object) -> list[Part]:
-    """Return the parts of a call."""
+    """Return the parts of a call; raises ValueError for one that is too large."""
     buffers: list[pickle.PickleBuffer] = []
     pickle_of = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
-    return [pickle_of, *(buffer.raw() for buffer in buffers)]
+    return _sendable([pickle_of, *(buffer.raw() for buffer in buffers)])
 
 
 def unpickled(parts: Sequence[bytearray]) -> Any:
@@ -68,10 +69,13 @@ def unpickled(parts: Sequence[bytearray]) -> Any:
 
 
 def encoded(answer: dict[str, object]) -> list[Part]:
-    """Return the parts of an answer; raises TypeError for a value of a kind that may not leave the process."""
+    """Return the parts of an answer.
+
+    Raises TypeError for a value of a kind that may not leave the process, and ValueError for one that is too large.
+    """
     buffers: list[Part] = []
-    head = {name: _plain(value, buffers) for name, value in answer.items()}
-    return [json.dumps(head).encode(), *buffers]
+    head = {name: _plain(value, buffers, 0) for name, value in answer.items()}
+    return _sendable([json.dumps(head).encode(), *buffers])
 
 
 def decoded(parts: Sequence[bytearray]) -> dict[str, Any]:
@@ -82,27 +86,49 @@ def decoded(parts: Sequence[bytearray]) -> dict[str, Any]:
     return {name: _value(value, parts[1:]) for name, value in head.items()}
 
 
-def _plain(value: Any, buffers: list[Part]) -> object:
+def _sendable(parts: list[Part]) -> list[Part]:
+    """Return the parts of a frame; raises ValueError where the other end would refuse them."""
+    if len(parts) > MOST_PARTS or any(memoryview(part).nbytes > MOST_BYTES for part in parts):
+        raise ValueError(
+            f"too much for one call: at most {MOST_PARTS - 1} arrays and texts of bytes are sent at once, "
+            f"each of at most {MOST_BYTES >> 30} GiB"
+        )
+    return parts
+
+
+def _plain(value: Any, buffers: list[Part], level: int) -> object:
     kind = type(value)
     if value is None or kind in (bool, int, float, str):
         return value
+    if level == MOST_LEVELS:
+        raise ValueError(f"lists, tuples and dicts in more than {MOST_LEVELS} of their kind cannot be sent")
     if kind is list:
-        return [_plain(each, buffers) for each in value]
+        return [_plain(each, buffers, level + 1) for each in value]
     if kind is tuple:
-        return {"tuple": [_plain(each, buffers) for each in value]}
+        return {"tuple": [_plain(each, buffers, level + 1) for each in value]}
     if kind is dict:
-        return {"dict": [[_plain(name, buffers), _plain(each, buffers)] for name, each in value.items()]}
+        pairs = [[_plain(name, buffers, level + 1), _plain(each, buffers, level + 1)] for name, each in value.items()]
+        return {"dict": pairs}
     if kind in (bytes, bytearray):
         buffers.append(value)
         return {"bytes": len(buffers) - 1}
-    numpy = sys.modules.get("numpy")
-    if numpy is not None and isinstance(value, numpy.ndarray | numpy.generic) and value.dtype.kind in KINDS:
-        buffers.append(value.tobytes())
-        array = [value.dtype.str, list(value.shape), len(buffers) - 1]
-        return {"array" if isinstance(value, numpy.ndarray) else "number": array}
+    return _of_numpy(value, buffers)
+
+
+def _of_numpy(value: Any, buffers: list[Part]) -> object:
+    """Return what is sent for a numpy array or number; an array of a class of its own may hold more than its bytes."""
+    kind, numpy = type(value), sys.modules.get("numpy")
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if numpy is not None and (kind in (numpy.ndarray, numpy.memmap) or isinstance(value, numpy.generic)):
+        name = f"{name} of {value.dtype}"
+        if value.dtype.kind in KINDS:
+            found = value if value.dtype.itemsize else numpy.zeros(value.shape, f"{value.dtype.kind}1")  # empty texts
+            buffers.append(found.tobytes())
+            array = [found.dtype.str, list(found.shape), len(buffers) - 1]
+            return {"number" if isinstance(value, numpy.generic) else "array": array}
     raise TypeError(
-        f"a {kind.__module__}.{kind.__qualname__} cannot leave the object's process: return numbers, texts, bytes, "
-        "numpy arrays, and lists, tuples and dicts of these"
+        f"a {name} cannot leave the object's process: return numbers, texts, bytes, "
+        "numpy arrays of numbers, and lists, tuples and dicts of these"
     )
 
 

@@ -23,7 +23,7 @@ from scheduler.engines.python import PythonEngine
 from scheduler.testing import EngineConformance
 from tests.support.leaks import no_leaks
 from tests.support.real import is_gone, settings
-from tests.support.small_object import Thing, no_thing, noted
+from tests.support.small_object import Thing, no_long_thing, no_thing, noted
 from tests.support.waiting import LIMIT_S, assert_soon
 
 
@@ -80,6 +80,34 @@ def test_what_a_call_raises_is_told_and_the_object_goes_on(scheduler: Scheduler)
         assert lease.value.echo(1) == 1
 
 
+def test_odd_errors_and_values_are_told_and_the_object_goes_on(scheduler: Scheduler) -> None:
+    """No class of an exception keeps a call waiting, and no value that may not leave ends the process."""
+    with scheduler.acquire(a_model()) as lease:
+        with pytest.raises(ObjectError, match=r"raised OddError: \(its words cannot be told"):
+            lease.value.raises_odd()
+        with pytest.raises(ObjectError, match=r"ValueError: .* in more than 200 of their kind"):
+            lease.value.nested(300)
+        with pytest.raises(ObjectError, match=r"numpy\.ma\.MaskedArray cannot leave"):
+            lease.value.masked()
+        with pytest.raises(ObjectError, match=r"numpy\.ndarray of object cannot leave"):
+            lease.value.echo(numpy.array([None]))
+        with pytest.raises(ObjectError, match="raised EOFError"):
+            lease.value.reads()
+        assert lease.value.empty_text()[0] == "" and lease.value.nested(199)
+        assert not lease.lost
+
+
+def test_what_is_too_large_for_a_frame_is_refused_before_it_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other end would take it for no frame, and the process would be ended."""
+    monkeypatch.setattr(object_protocol, "MOST_BYTES", 1 << 10)
+    monkeypatch.setattr(object_protocol, "MOST_PARTS", 4)
+    with pytest.raises(ValueError, match="too much for one call"):
+        object_protocol.pickled(b"a" * 2000)
+    with pytest.raises(ValueError, match="too much for one call"):
+        object_protocol.encoded({"value": [b""] * 4})
+    assert len(object_protocol.encoded({"value": [b""] * 3})) == 4
+
+
 def test_several_threads_call_at_once(scheduler: Scheduler) -> None:
     """Eight calls that wait for each other all return."""
     with scheduler.acquire(a_model()) as lease, ThreadPoolExecutor(8) as pool:
@@ -99,6 +127,19 @@ def test_a_load_that_raises_is_told(scheduler: Scheduler) -> None:
     with pytest.raises(LoadFailed, match="raised ValueError: no such file") as caught:
         scheduler.acquire(a_model(no_thing))
     assert isinstance(caught.value.__cause__, ObjectError) and "in no_thing" in caught.value.__cause__.trace
+
+
+def test_a_load_that_raises_many_words_is_told(scheduler: Scheduler) -> None:
+    """Words of any length and script are cut to what is told in a line, and the error has its cause."""
+    with pytest.raises(LoadFailed, match="raised ValueError: \N{SNOWMAN}") as caught:
+        scheduler.acquire(a_model(no_long_thing))
+    assert isinstance(caught.value.__cause__, ObjectError) and caught.value.__cause__.trace.endswith("\N{SNOWMAN}\n")
+
+
+def test_a_process_that_sends_what_is_no_answer_is_ended(scheduler: Scheduler) -> None:
+    """The holder is told why its runner is gone."""
+    with scheduler.acquire(a_model()) as lease, pytest.raises(RunnerCrashed, match="sent what is no answer"):
+        lease.value.writes_nonsense()
 
 
 def test_it_is_unloaded_in_its_process(scheduler: Scheduler, tmp_path: Path) -> None:

@@ -5,8 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+
+class OddError(Exception):
+    """An exception that does not tell its words."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
 
 
 class Thing:
@@ -28,6 +36,32 @@ class Thing:
 
     def raises(self) -> None:
         raise KeyError("no such part")
+
+    def raises_odd(self) -> None:
+        raise OddError
+
+    def nested(self, levels: int) -> Any:
+        return (self.nested(levels - 1),) if levels else ()
+
+    def reads(self) -> str:
+        return input()
+
+    def writes_nonsense(self) -> None:
+        for name in os.listdir("/proc/self/fd"):
+            with suppress(OSError):
+                if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                    os.write(int(name), b"\xff" * 8)
+        signal.pause()
+
+    def empty_text(self) -> Any:
+        import numpy
+
+        return [numpy.str_(""), numpy.zeros(2, "U1")[:0]]
+
+    def masked(self) -> Any:
+        import numpy.ma
+
+        return numpy.ma.masked_array([1, 2], [0, 1])
 
     def itself(self) -> Thing:
         return self
@@ -55,6 +89,10 @@ class Thing:
 
 def no_thing() -> Thing:
     raise ValueError("no such file")
+
+
+def no_long_thing() -> Thing:
+    raise ValueError("\N{SNOWMAN}" * 20_000)
 
 
 def noted(path: Path, thing: Thing) -> None:

@@ -139,7 +139,7 @@ class ChildRunner:
         resident_bytes, read_bytes = self._touches()
         most_bytes, read_before = self._touched
         if resident_bytes > most_bytes or read_bytes > read_before:  # pages that come and go are no progress
-            self._touched = (max(resident_bytes, most_bytes), read_bytes)
+            self._touched = (max(resident_bytes, most_bytes), max(read_bytes, read_before))
             self._report.progressed()
         return True
 

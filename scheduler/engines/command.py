@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import http.client
 import json
 import logging
@@ -47,6 +48,9 @@ STOP_COMMAND_S: Final = 15.0  # least grace of a program that a command stops
 PORT_S: Final = 5.0  # how long a launch waits for a port to be free again
 _PROBE_S: Final = 5.0  # how long a server that is being awaited may take to answer a probe
 _PAUSES_S: Final = (0.05, 0.5)  # between two probes of it: at first, and at most
+_GUARD_S: Final = 0.5  # what a guard has for killing what is left, after the grace of a stop
+_ECHO_S: Final = 0.2  # how long after its answer to a probe a program may write of it
+_STEP_BYTES: Final = 1 << 20  # least growth that is progress: probes are read, and answered with some memory
 _LOCAL: Final = ("127.0.0.1", "::1")
 
 
@@ -62,6 +66,7 @@ class CommandProcess(TreeRunner):
         self._url = f"http://127.0.0.1:{port}"
         self._port = port
         self._addresses: set[str] = set()  # that it listens at, as far as is known
+        self._echo_until = 0.0  # of the monotonic clock: until then it writes of a probe, most likely
         self._waiter = threading.Thread(target=self._await, name=f"loadmaster-command-{model.name}", daemon=True)
 
     def begin(self) -> None:
@@ -74,8 +79,14 @@ class CommandProcess(TreeRunner):
         self._told.set()
 
     def stop(self, grace_s: float) -> None:
-        """End the program, and kill it after `grace_s` seconds; a command that stops it has more time."""
-        super().stop(max(grace_s, STOP_COMMAND_S) if self.model.runs_elsewhere else grace_s)
+        """End the program, and kill it after `grace_s` seconds; a command that stops it has more time.
+
+        Its guard kills it, as the guard alone knows all that it has started, and is killed only if it does not.
+        """
+        grace_s = max(grace_s, STOP_COMMAND_S) if self.model.runs_elsewhere else grace_s
+        if self.child is not None and (watcher := self.child.watcher) is not None:
+            watcher.post(functools.partial(watcher.send, self.child, f"{grace_s}\n".encode()))
+        super().stop(grace_s + _GUARD_S)
 
     def wait(self, timeout_s: float) -> None:
         """Wait for the report of its exit."""
@@ -86,6 +97,13 @@ class CommandProcess(TreeRunner):
         if self.model.runs_elsewhere and self._serves and not self._gone:
             return Memory({device: amount for device, amount in self.model.declared.items() if device != ANY_GPU})
         return super().memory()
+
+    def logged(self, chunk: bytes) -> None:
+        """Keep what the program wrote, and report progress, unless it wrote of a probe."""
+        if self._log is not None:
+            self._log.write(self.pid, chunk)
+        if not self._serves and time.monotonic() > self._echo_until:
+            self._report.progressed()
 
     def printed(self, line: str) -> None:
         """Take in why the program cannot be run."""
@@ -124,7 +142,13 @@ class CommandProcess(TreeRunner):
         if self.model.health is None:
             self._connect(timeout_s)
             return True
-        status = get(self._url, self.model.health, timeout_s, self._key)
+        self._echo_until = time.monotonic() + (timeout_s or _PROBE_S)
+        try:
+            status = get(self._url, self.model.health, timeout_s, self._key)
+            self._echo_until = time.monotonic() + _ECHO_S
+        except (OSError, http.client.HTTPException):
+            self._echo_until = 0.0
+            raise
         return http.client.OK <= status < http.client.MULTIPLE_CHOICES
 
     def _is_ours(self) -> bool:
@@ -143,6 +167,10 @@ class CommandProcess(TreeRunner):
         found_it = unseen or bool(self._addresses)
         self._failure = "" if found_it else f"it cannot serve: another program listens at port {self._port}"
         return found_it
+
+    def _touches(self) -> tuple[int, int]:
+        resident_bytes, read_bytes = super()._touches()
+        return resident_bytes // _STEP_BYTES, read_bytes // _STEP_BYTES
 
     def _tellable(self, output: str) -> str:
         return "" if self._serves else output.replace(self._key or "\0", "(key)")  # it may quote requests
@@ -201,13 +229,17 @@ class CommandEngine(Engine):
         return process
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
-        """End every program that is left, by force where no command stops it, and the threads."""
-        end = time.monotonic() + timeout_s
-        elsewhere = [one for one in self._running if one.model.runs_elsewhere]
-        for process in elsewhere:
+        """End every program that is left, by force where no command stops it, and the threads.
+
+        Commands that stop programs have their time, also where that is longer than `timeout_s`.
+        """
+        began = time.monotonic()
+        end = began + timeout_s
+        for process in self._running:
             process.stop(0.0)
-        for process in elsewhere:
-            process.wait(end - time.monotonic())
+        for process in self._running:
+            limit_s = STOP_COMMAND_S + _GUARD_S if process.model.runs_elsewhere else min(timeout_s, 2 * _GUARD_S)
+            process.wait(began + limit_s - time.monotonic())
         if not self._children.close(max(0.5, end - time.monotonic())):
             log.warning("a child process could not be ended within %g s", timeout_s)
         if self._log is not None and not self._log.close(timeout_s):

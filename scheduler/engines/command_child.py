@@ -4,10 +4,12 @@ Like `llama_child` it is run by its path, and its parent writes one JSON object 
 defines it) and keeps that stream open. The guard's process is the leader of the group that the program and its children
 are in. On Linux it adopts their orphans too: what has left the group ends with the program like the rest of it.
 
-- The order to stop is SIGTERM: the guard stops the program as its order says, and waits for its end.
+- The order to stop is SIGTERM: the guard stops the program as its order says, and waits for its end. Before that its
+  parent writes on a line how many seconds the program has, after which the guard kills it, with all it has started.
 - Where the parent is gone, there is no one who would kill the program later: it is killed at once, or stopped by its
   command, where that is how it is stopped.
-- When the program has ended, what it has left is killed, and the guard ends as the program did.
+- When the program has ended, what it has left is killed, and the guard ends as the program did. Where a command stops
+  it, that command is run before, if it was not.
 
 On standard output it writes a line of the runner's protocol where the program cannot be run: "failed", with a reason.
 What the program writes goes to standard error, all of it.
@@ -49,8 +51,8 @@ def control(what: int, value: int) -> None:
         ctypes.CDLL(None).prctl(what, value, 0, 0, 0)
 
 
-def start(protocol: int, arguments: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Start a program in this process's group, with nothing to read; return its process."""
+def start(protocol: int, arguments: Sequence[str], environment: Mapping[str, str], *, quiet: bool = False) -> int:
+    """Start a program in this process's group, with nothing to read; return its process. What is quiet is not heard."""
     if started := os.fork():
         return started
     try:
@@ -58,7 +60,9 @@ def start(protocol: int, arguments: Sequence[str], environment: Mapping[str, str
         for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         control(LINUX_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for each in (0, 1, 2, protocol) if quiet else (0,):
+            os.dup2(nothing, each, inheritable=each != protocol)
         os.execve(arguments[0], list(arguments), dict(environment))  # the pipe of the protocol is closed by it
     except OSError as error:
         tell(protocol, "failed", reason=f"{arguments[0]} could not be run: {error.strerror or error}")
@@ -75,23 +79,29 @@ class Guard:
         (self._program,) = self._running
         self._status = 0  # of the program, once it has ended
         self._stopping = False
+        self._over = False  # the parent writes no more
         self._grace_s = STOP_COMMAND_S if isinstance(order["stop"], list) else 0.0  # where the parent is gone
         self._until = float("inf")  # of the monotonic clock: when what has not ended is killed
 
     def run(self, woken: int) -> int:
         """Wait for the program's end, and have it come when it should; return how it ended, as `waitpid` tells it."""
         while self._running and (left_s := self._until - time.monotonic()) > 0:
-            watched = [woken] if self._stopping else [woken, 0]
+            watched = [woken] if self._over else [woken, 0]
             ready = select.select(watched, [], [], max(0.0, min(PARENT_CHECK_S, left_s)))[0]
             signals = os.read(woken, 1 << 10) if woken in ready else b""
-            over = 0 in ready and not os.read(0, 1 << 10)
+            if 0 in ready:
+                self._hear(os.read(0, 1 << 10))
             orphaned = os.getppid() != self._order["parent"]
-            if not self._stopping and (over or orphaned or signal.SIGTERM in signals):
+            if not self._stopping and (self._over or orphaned or signal.SIGTERM in signals):
                 self._stopping = True
                 self._stop()
             if orphaned:  # the end of standard input may have come before
                 self._until = min(self._until, time.monotonic() + self._grace_s)
             self._reap()
+            if not self._running and not self._stopping and self._grace_s:  # a container may go on
+                self._stopping = True
+                self._until = min(self._until, time.monotonic() + self._grace_s)
+                self._stop(quiet=True)
         for left in iter(children, []):
             for each in left:
                 with suppress(ProcessLookupError):
@@ -99,10 +109,16 @@ class Guard:
             self._reap(0)
         return self._status
 
-    def _stop(self) -> None:
+    def _hear(self, said: bytes) -> None:
+        """Take in how long the program has, or that the parent says no more."""
+        self._over = not said
+        with suppress(ValueError):
+            self._until = min(self._until, time.monotonic() + float(said))
+
+    def _stop(self, *, quiet: bool = False) -> None:
         stop = self._order["stop"]
         if isinstance(stop, list):
-            self._running.add(start(self._protocol, stop, self._order["environment"]))
+            self._running.add(start(self._protocol, stop, self._order["environment"], quiet=quiet))
         else:
             with suppress(ProcessLookupError):
                 os.kill(self._program, stop)

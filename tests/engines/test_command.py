@@ -16,6 +16,8 @@ import httpx2
 import psutil
 import pytest
 
+from fsm.domain.devices import Placement
+from fsm.domain.options import Options
 from scheduler import (
     CommandModel,
     DoesNotFit,
@@ -24,6 +26,7 @@ from scheduler import (
     InvalidSettings,
     Lease,
     LoadFailed,
+    LoadTimeout,
     Scheduler,
     Settings,
     UnsupportedOption,
@@ -34,6 +37,7 @@ from scheduler.http.app import application
 from scheduler.http.service import Service
 from scheduler.http.settings import ServerSettings
 from scheduler.testing import EngineConformance
+from scheduler.testing.engine_conformance import Reports
 from tests.support.leaks import no_leaks
 from tests.support.nvml import Gpu, StandIn, beside_stand_in
 from tests.support.own_server import the_server
@@ -137,6 +141,14 @@ def test_a_failed_load_tells_what_the_program_wrote(scheduler: Scheduler) -> Non
         scheduler.acquire(a_command("--fail", "no such voice"), timeout=LIMIT_S)
 
 
+def test_a_program_that_is_never_well_is_given_up() -> None:
+    """What it reads and writes because it is probed is no progress, so that a wrong `health` does not wait for ever."""
+    with no_leaks(), Scheduler(settings(stop_grace=0.3, load_timeout=1.2)) as one:
+        server = [sys.executable, "-I", "-S", "-m", "http.server", "--bind", "127.0.0.1", "{port}"]
+        with pytest.raises(LoadTimeout):
+            one.acquire(CommandModel("a", server, memory={"cpu": 0}, health="/nothing"), timeout=LIMIT_S)
+
+
 def test_what_it_writes_goes_to_the_engine_log(tmp_path: Path) -> None:
     """Its output is kept line by line, without its key."""
     log = tmp_path / "engine.log"
@@ -237,6 +249,18 @@ def test_nothing_is_left_of_a_program_that_ends_by_itself(scheduler: Scheduler) 
         assert_soon(lambda: lease.lost and all(map(is_gone, left)))
 
 
+def test_nothing_is_left_of_what_it_starts_as_it_is_stopped(scheduler: Scheduler, tmp_path: Path) -> None:
+    """A program that starts another one when it is told to end, and does not end, is killed with that one too."""
+    started = tmp_path / "started"
+    script = 'trap \'setsid sleep 600 & echo $! > "$1"\' TERM; "$2" -I -S "$3" "$0" & while :; do wait; done'
+    command = ["/bin/sh", "-c", script, "{port}", str(started), sys.executable, SERVER]
+    model = CommandModel("a", command, memory={"cpu": 0}, health="/health")
+    scheduler.acquire(model).release()
+    scheduler.expire(model)
+    assert_soon(lambda: not scheduler.status().runners)
+    assert is_gone(int(started.read_text()))
+
+
 def test_a_signal_of_its_own_stops_it(scheduler: Scheduler) -> None:
     """A program that is deaf to SIGTERM is stopped by the signal that it knows, and not killed."""
     model = a_command("--deaf", stop="SIGINT")
@@ -254,6 +278,29 @@ def test_a_command_stops_what_runs_elsewhere(tmp_path: Path) -> None:
         name = told(lease)["environment"]["NAME"]
         assert one.status().runners[0].resident_bytes == {"cpu": 64 << 20}
     assert stopped.read_text().split() == [name]
+
+
+def test_a_close_leaves_its_time_to_a_command_that_stops(tmp_path: Path) -> None:
+    """A container is stopped also where that takes longer than the rest of a close may."""
+    stopped = tmp_path / "stopped"
+    stop = ["/bin/sh", "-c", 'sleep 1; echo over > "$0"; pkill -INT -f "$1"', str(stopped), f"{tmp_path}/[t]his"]
+    reports, engine = Reports(), CommandEngine()
+    model = a_command("--deaf", f"{tmp_path}/this", stop=stop)
+    with no_leaks():
+        engine.launch(model, Options(), (), Placement(()), reports)
+        assert_soon(lambda: reports.loads)
+        engine.close(0.2)
+    assert stopped.exists() and reports.exits[0][0] == 0
+
+
+def test_a_command_stops_also_what_was_left_by_its_program(tmp_path: Path) -> None:
+    """A container does not end with a client that crashes, nor with one that only starts it."""
+    stopped = tmp_path / "stopped"
+    stop = ["/bin/sh", "-c", 'echo over > "$0"; echo error: no such container >&2', str(stopped)]
+    model = CommandModel("a", ["/bin/sh", "-c", "echo started", "{port}"], memory={"cpu": 0}, stop=stop)
+    with no_leaks(), Scheduler(settings()) as one, pytest.raises(LoadFailed, match="status 0 while loading\nstarted;"):
+        one.acquire(model, timeout=LIMIT_S)
+    assert stopped.exists()
 
 
 def test_it_ends_with_this_program(tmp_path: Path) -> None:

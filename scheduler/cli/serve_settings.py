@@ -235,10 +235,17 @@ def _content_of(path: Path) -> dict[str, Any]:
 
 def _check_writers(path: Path, state: os.stat_result) -> None:
     """Raise `Refused` for a file that names a program where others than this user and root may say what it names."""
-    folder = path.resolve().parent
-    for what, name, found in (("it", path, state), ("its folder", folder, folder.stat())):
+    places = [path.absolute()]
+    while places[-1].is_symlink():  # a link says what the file is, and so does each folder on the way to it
+        places.append(places[-1].parent / places[-1].readlink())
+    places.append(path.resolve())
+    owned = [("it", state), *(("a link to it", place.lstat()) for place in places)]
+    owned += [("its folder", place.parent.stat()) for place in places]
+    for what, found in owned:
         if found.st_uid not in (0, os.geteuid()):
             raise Refused(f"the file {path} names a program, and {what} is another user's: chown it to this one")
+    folders = dict.fromkeys(folder for place in places for folder in place.parents)
+    for what, name, found in (("it", path, state), *(("its folder", folder, folder.stat()) for folder in folders)):
         if found.st_mode & _OF_OTHERS and not (what != "it" and found.st_mode & stat.S_ISVTX):
             raise Refused(f"the file {path} names a program, and others may write to {what}: chmod go-w {name}")
 

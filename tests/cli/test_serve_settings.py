@@ -247,3 +247,21 @@ def test_a_program_is_named_by_a_file_of_this_user_alone(folder: Path) -> None:
     folder.chmod(0o700)
     settings = read(file=command)
     assert settings.commands["a"].memory == {"cpu": 1 << 30} and not settings.models
+
+
+def test_the_way_to_a_file_that_names_a_program_is_of_this_user_alone(folder: Path) -> None:
+    """A folder above it, and the folder of a link to it, say what the file is: others may not write to them."""
+    others, inner = folder / "others", folder / "others" / "inner"
+    inner.mkdir(parents=True)
+    for place in (folder, inner):
+        (place / "own.toml").write_text('[models.a]\ncommand = ["serve", "{port}"]\nmemory = { cpu = "1GiB" }')
+        (place / "own.toml").chmod(0o600)
+    (others / "link.toml").symlink_to("../own.toml")
+    (folder / "second.toml").symlink_to(others / "link.toml")
+    ways = [inner / "own.toml", others / "link.toml", folder / "second.toml"]
+    for way in ways:
+        assert read("--config", str(way)).commands
+    others.chmod(0o777)
+    for way in ways:
+        with pytest.raises(Refused, match=f"others may write to its folder: chmod go-w {others}"):
+            read("--config", str(way))

@@ -36,6 +36,7 @@ from scheduler.errors.exceptions import EngineMissing, EngineUnusable
 from scheduler.errors.formatting import printable
 
 if TYPE_CHECKING:
+    from scheduler.engines.child_process import Exit
     from scheduler.engines.command_child import Order
     from scheduler.engines.engine_log import RunnerLog
     from scheduler.engines.interface import RunnerListener
@@ -109,6 +110,12 @@ class CommandProcess(TreeRunner):
         """Take in why the program cannot be run."""
         with suppress(ValueError, TypeError, LookupError):
             self._failure = str(json.loads(line)["reason"])
+
+    def ended(self, exit: Exit) -> None:
+        """Report how it ended; a program that goes on in the background is told what to do."""
+        if exit.code == 0 and not exit.asked and not self._serves and not self._failure:
+            self._failure = "error: it has ended, and has to stay in the foreground: see its options"
+        super().ended(exit)
 
     def _await(self) -> None:
         """Report the program as loaded once it serves; each load has a thread that does this."""

@@ -298,7 +298,8 @@ def test_a_command_stops_also_what_was_left_by_its_program(tmp_path: Path) -> No
     stopped = tmp_path / "stopped"
     stop = ["/bin/sh", "-c", 'echo over > "$0"; echo error: no such container >&2', str(stopped)]
     model = CommandModel("a", ["/bin/sh", "-c", "echo started", "{port}"], memory={"cpu": 0}, stop=stop)
-    with no_leaks(), Scheduler(settings()) as one, pytest.raises(LoadFailed, match="status 0 while loading\nstarted;"):
+    words = r"status 0 while loading\nerror: it has ended, and has to stay in the foreground"
+    with no_leaks(), Scheduler(settings()) as one, pytest.raises(LoadFailed, match=words):
         one.acquire(model, timeout=LIMIT_S)
     assert stopped.exists()
 

@@ -312,8 +312,9 @@ def test_every_option_that_the_settings_name_reaches_the_engine() -> None:
     info = replace(a_model(), key_length=32, value_length=32)
     (load,) = llama_engine(settings).profile(info, [Options()]).resolutions[0].loads
     assert load.options == Options(
-        12, 14, num_parallel=13, flash_attention=True, cache_type_k="q8_0", cache_type_v="q8_0"
-    )
+        12, 14, num_parallel=13, flash_attention=True, cache_type_k="q8_0", cache_type_v="q8_0", draft_num_predict=0,
+        context_shift=False,
+    )  # fmt: skip
     for larger in (False, True):
         engine = llama_engine(Settings(auto_context_from_vram=larger))
         loads = engine.profile(replace(info, context_trained=10**6), [Options()]).resolutions[0].loads

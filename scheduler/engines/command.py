@@ -307,8 +307,6 @@ def _port_of(model: CommandModel) -> int:
 
 
 def _is_free(port: int) -> bool:
-    try:
-        socket.create_server(("127.0.0.1", port)).close()
-    except OSError:
-        return False
-    return True
+    with socket.socket() as probe:
+        probe.settimeout(_PROBE_S)
+        return probe.connect_ex(("127.0.0.1", port)) != 0  # to listen there may take rights that the program alone has

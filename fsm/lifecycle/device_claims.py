@@ -13,6 +13,7 @@ tells them apart, and a device that two of its launches claim is the program's u
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from fsm.domain.devices import DeviceId, Placement
@@ -35,6 +36,7 @@ def launch_all(step: StepContext, planned: Sequence[Planned]) -> None:
     needed = [frozenset(device for device, amount in placement.bytes if amount) for _, _, placement in planned]
     matches = _match(unused, needed)  # what is left is unused
     by = min([claim.by for claim in unused.values()], default=state.now + state.config.claim_timeout_s)
+    by = max(by, math.nextafter(state.now, math.inf))  # where the time is up already: as soon as this step is over
     unclaimed: list[frozenset[DeviceId]] = []
     for (group, load, placement), devices, claim in zip(planned, needed, matches, strict=True):
         if not state.config.claims or not devices:

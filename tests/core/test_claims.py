@@ -10,7 +10,7 @@ from fsm.domain.devices import HOST, DeviceId
 from fsm.machine.runner import RunnerState
 from fsm.messages.commands import Claim, Command, Finished, Grant, Launch, Reject, ReleaseClaim, Stop
 from fsm.messages.decision_log import Decision, Entry
-from fsm.messages.events import ClaimContended, ClaimGranted, Progress
+from fsm.messages.events import ClaimContended, ClaimGranted, Progress, Tick
 from fsm.messages.reasons import ClaimMissed, WaitFor
 from fsm.messages.refusals import DoesNotFitRefusal, TimedOut
 from fsm.verification.state_invariants import check_state
@@ -262,6 +262,20 @@ def test_a_plan_that_moves_to_other_devices_does_not_wait_anew() -> None:
         assert [type(command) for command in moved] == [ReleaseClaim, Claim]
     assert launched(pool.advance("1s")) == ["g"]
     assert pool.claims == {}
+
+
+def test_a_plan_that_moves_when_the_wait_is_over_leaves_nothing_due() -> None:
+    """After a gap, a plan that moves off devices that were claimed in time waits no longer than for the next step."""
+    pool = claiming(gpus=("8GiB", "8GiB"), claim_timeout_s=5.0, plans_later=True)
+    pool.declare("g", layered(4, "1GiB", host="100MiB"))
+    pool.feed(acquire("g", request=1), Tick())
+    assert pool.feed(pool.sample(), ClaimGranted(1)) == []
+    pool.now += 10.0
+    pool.strangers = {GPU: amount("7GiB")}
+    moved = pool.feed(pool.sample(), Tick())
+    assert [type(command) for command in moved] == [ReleaseClaim, Claim]
+    pool.now = pool.core.deadline()
+    assert launched(pool.feed(Tick())) == ["g"]
 
 
 def test_a_wait_that_is_over_is_over_for_whatever_the_plan_then_says() -> None:

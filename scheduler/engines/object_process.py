@@ -45,7 +45,7 @@ class ObjectProcess(TreeRunner):
         self._calls = ObjectCalls(model.name, ours)
         self._ours = ours
         self._unloading = False
-        self._wrong = ""  # why it is ended although nobody has ordered that
+        self._wrong = ""  # why it is ended, where no one has ordered it
         self._reader = threading.Thread(target=self._read, name=f"loadmaster-object-{model.name}", daemon=True)
         program = (sys.executable, str(CHILD), str(self._theirs.fileno()))
         environment = os.environ | shown(gpu for gpu, _ in model.declared if gpu != HOST)

@@ -78,6 +78,7 @@ class Thing:
 
     def crash(self) -> None:
         os.kill(os.getpid(), signal.SIGSEGV)
+        threading.Event().wait()  # another thread may be the one that takes the signal
 
     def stopped(self) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
